@@ -1,0 +1,40 @@
+"""Shared fixtures. With MELEE_WM_NO_SKIP=1 (as in CI) a test that would be skipped fails instead."""
+import os
+from pathlib import Path
+import pytest
+from melee_wm.core import replays_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("MELEE_WM_NO_SKIP") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which MELEE_WM_NO_SKIP forbids: {report.longrepr}"
+
+
+@pytest.fixture(scope="session")
+def replays() -> Path:
+    "The folder of real replays."
+    folder = replays_dir()
+    if folder is None:
+        pytest.skip("no real replays here (settings.ini: replays)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(replays) -> Path:
+    "slippi-ai's toy data set, one game raw and parsed."
+    folder = replays.parent / "slippi-ai-toy"
+    if not folder.is_dir():
+        pytest.skip("slippi-ai's toy data set is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def practice_slp(tmp_path_factory) -> Path:
+    "One synthetic practice match as a .slp file."
+    from melee_wm.practice import write_practice
+    return write_practice(tmp_path_factory.mktemp("practice"), games=1, seed=0)[0]
