@@ -57,17 +57,21 @@ def pack(encoded: list[tuple[str, Frames]], layout: Layout) -> Games:
 def from_games(
     games: Iterable[tuple[str, Game]],   # (md5, game)
     layout: Layout,
-    max_games: int | None = None,        # stop after so many were accepted
-) -> tuple[Games, dict[str, int]]:       # the games, and how many were refused for which reason
-    "Encode games; those the encoding cannot have are counted by reason. Raises `UserError` when none is left."
-    encoded, refused = [], {}
+    refused: dict[str, int] | None = None,   # where refusals are counted by reason; None: a refusal is an error
+    max_games: int | None = None,            # stop after so many were accepted
+) -> Games:
+    "Encode games. Raises `EncodingRefused` for a game the encoding cannot have, or counts it in `refused`; `UserError` when none is left."
+    encoded = []
     for md5, game in games:
         try: frames = encode_game(game, layout)
-        except EncodingRefused as error: refused[error.reason] = refused.get(error.reason, 0) + 1; continue
+        except EncodingRefused as error:
+            if refused is None: raise
+            refused[error.reason] = refused.get(error.reason, 0) + 1
+            continue
         encoded.append((md5, frames._replace(ints=frames.ints.short(), stage=frames.stage.short())))
         if len(encoded) == max_games: break
-    if not encoded: raise UserError("no game can be had in this encoding", f"fields: {layout.level}", got=", ".join(f"{n} x {reason}" for reason, n in refused.items()) or "no games at all")
-    return pack(encoded, layout), refused
+    if not encoded: raise UserError("no game can be had in this encoding", f"fields: {layout.level}", got=", ".join(f"{n} x {reason}" for reason, n in (refused or {}).items()) or "no games at all")
+    return pack(encoded, layout)
 
 def load(
     folder,                        # a parsed dataset
@@ -82,8 +86,8 @@ def load(
     from melee_wm.parsed import load_games, read_meta
     have = {record["md5"] for record in read_meta(folder)}
     wanted = sorted((have if md5s is None else have & set(md5s)) - set(exclude))
-    games = load_games(folder, wanted, source_columns(layout))
-    return from_games(tqdm(games, "encode", total=min(len(wanted), max_games or len(wanted)), unit="game", disable=not progress, mininterval=1), layout, max_games)
+    games, refused = load_games(folder, wanted, source_columns(layout)), {}
+    return from_games(tqdm(games, "encode", total=min(len(wanted), max_games or len(wanted)), unit="game", disable=not progress, mininterval=1), layout, refused, max_games), refused
 
 # %% ../nbs/24_batches.ipynb #0005
 def split(

@@ -74,7 +74,7 @@ def _leaf(array: pa.StructArray, path: str) -> np.ndarray | None:
     for name in path.split("."):
         if array.type.get_field_index(name) < 0: return None
         array = array.field(name)
-    return array.to_numpy()
+    return array.to_numpy(zero_copy_only=False)   # a copy is made only where there are nulls (which become NaN)
 
 # %% ../nbs/03_slp.ipynb #0018
 def _columns(leaders: list[pa.StructArray], rows) -> Table:
@@ -222,7 +222,7 @@ def _frames(game: Game, columns: Table) -> np.ndarray:
     for event, names in (("pre", PRE_FRAME.names), ("post", POST_FRAME.names)):
         tape[event]["player"] = game.ports
         for name in names:
-            if name not in columns: continue
+            if name not in columns: continue   # command, frame, player and follower are set above
             values = columns[name]
             # a pre-frame also repeats where the fighter stood before the frame was played
             tape[event][name] = np.concatenate([values[:1], values[:-1]]) if event == "pre" and name in POST_FRAME.names else values
@@ -249,7 +249,7 @@ def _interleave(tape: np.ndarray, items: Table | None) -> bytes:
     stream[~is_item], stream[is_item] = tape.view(np.uint8), _item_events(items).view(np.uint8)
     return stream.tobytes()
 
-# %% ../nbs/03_slp.ipynb #0044
+# %% ../nbs/03_slp.ipynb #0045
 END_METHODS = {"Unresolved": 0, "Time": 1, "Game": 2, "Resolved": 3, "NoContest": 7}
 PLAYER_TYPES = {"Human": 0, "Cpu": 1, "Demo": 2}
 
@@ -285,7 +285,7 @@ def _game_end(game: Game, columns: Table) -> bytes:
     for player, port in enumerate(game.ports): placements[port] = (game.info.get("placements") or (sorted(standing).index(standing[0]), sorted(standing).index(standing[1])))[player]
     return struct.pack(">BBb4b", 0x39, END_METHODS[method], -1 if lras is None else lras, *placements)
 
-# %% ../nbs/03_slp.ipynb #0046
+# %% ../nbs/03_slp.ipynb #0047
 def _ubjson(value) -> bytes:
     "UBJSON of a str, an int or a dict of them."
     def text(s): return (b"U" + bytes([len(s)]) if len(s) < 256 else b"l" + struct.pack(">i", len(s))) + s
@@ -293,6 +293,7 @@ def _ubjson(value) -> bytes:
     if isinstance(value, str): return b"S" + text(value.encode())
     return b"l" + struct.pack(">i", value)
 
+# %% ../nbs/03_slp.ipynb #0050
 def _metadata(game: Game, columns: Table, neutral: tuple[str, ...], provenance: str | None) -> dict:
     counts = [np.unique(columns["character"][:, player], return_counts=True) for player in (0, 1)]
     metadata = {"startAt": game.info["started"]} if game.info.get("started") else {}
@@ -301,7 +302,7 @@ def _metadata(game: Game, columns: Table, neutral: tuple[str, ...], provenance: 
     if neutral: metadata["melee_wm_neutral"] = dict.fromkeys(neutral, 1)
     return metadata
 
-# %% ../nbs/03_slp.ipynb #0048
+# %% ../nbs/03_slp.ipynb #0052
 def write_slp(
     game: Game,                      # any game; columns it lacks are written as neutral values and named in the metadata
     path: str | os.PathLike,         # where to
@@ -318,7 +319,7 @@ def write_slp(
         temporary.write_bytes(b"{U\x03raw[$U#l" + struct.pack(">i", len(stream)) + stream + b"U\x08metadata" + _ubjson(_metadata(game, columns, neutral, provenance)) + b"}")
     return Path(path)
 
-# %% ../nbs/03_slp.ipynb #0054
+# %% ../nbs/03_slp.ipynb #0058
 def draw_match(
     ax,               # a matplotlib axis
     game: Game,       # real or dreamt

@@ -78,18 +78,17 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor | None]: # y (B, T, H, P), state leaving the last frame
     "The same result as `ssd_sequential`, as matrix products over chunks."
     T, chunk = x.shape[1], min(chunk_size, x.shape[1])
-    x = x*dt[..., None]
     if pad := -T % chunk: x, dt, B, C = (F.pad(v, (0, 0)*(v.dim() - 2) + (0, pad)) for v in (x, dt, B, C))
     x, dt, B, C = (v.unflatten(1, (-1, chunk)) for v in (x, dt, B, C))    # (B, n, C, ...)
     log_fade = dt*A                                                       # (B, n, C, H)
     mask = segment_sums(log_fade.mT).exp()                                # (B, n, H, C, C)
     scores = (C @ B.mT)[:, :, None]                                       # (B, n, 1, C, C)
-    y = torch.einsum("bchts,bcshp->bcthp", scores*mask, x)                # 1. within the chunks
+    y = torch.einsum("bchts,bcshp->bcthp", scores*mask*dt.mT[..., None, :], x)    # 1. within the chunks
     n = x.shape[1]
     if need_state or n > 1 or state is not None:
         total = log_fade.cumsum(2)                                        # (B, n, C, H)
-        to_end = (total[:, :, -1:] - total).exp()[..., None]              # (B, n, C, H, 1)
-        added = torch.einsum("bcshp,bcsn->bchpn", x*to_end, B)            # 2. what each chunk adds
+        to_end = (total[:, :, -1:] - total).exp()*dt                      # (B, n, C, H)
+        added = torch.einsum("bcshp,bcsn->bchpn", x*to_end[..., None], B) # 2. what each chunk adds
         if state is None: state = torch.zeros_like(added[:, 0])
         entering, state = entering_states(added, total[:, :, -1].exp(), state)    # 3. from chunk to chunk
         y = y + torch.einsum("bctn,bchpn->bcthp", C, entering)*total.exp()[..., None]   # 4. reading what entered
