@@ -13,54 +13,56 @@ from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from .core import UserError
 from .frame import Game
+from .parsed import fingerprint, load_games, read_meta
 from .encoding import EncodingRefused, Frames, Layout, controls_of, encode_game, next_controls, source_columns, take
 
-# %% ../nbs/24_batches.ipynb #0003
+# %% ../nbs/24_batches.ipynb #0007
 @dataclass(frozen=True)
 class Games:
     "Encoded games, one after the other in flat tensors."
-    frames: Frames           # (N, …) floats as float32, ids and stage as int16
-    offsets: Tensor          # (G + 1,) int64: game g is frames offsets[g] to offsets[g + 1]
+    frames: Frames           # (N, ...) floats as float32, ids and stage as int16
+    offsets: Tensor          # (G + 1,) int64: game g is the frames offsets[g] to offsets[g + 1]
     md5s: tuple[str, ...]    # (G,)
     layout: Layout
 
     def __len__(self): return len(self.md5s)
     @property
-    def lengths(self) -> Tensor: return self.offsets.diff()   # (G,)
+    def lengths(self) -> Tensor: return self.offsets.diff()   # (G,) frames
     @property
     def bytes(self) -> int: return sum(t.nbytes for t in self.frames)
     @property
     def fingerprint(self) -> str:
-        "Short hash of the games' MD5s."
-        from melee_wm.parsed import fingerprint
+        "Short hash of the MD5s of these games."
         return fingerprint(self.md5s)
     def game(self, i: int) -> Frames:
         "All frames of one game, (T,)."
         return take(self.frames, slice(int(self.offsets[i]), int(self.offsets[i + 1])))
     def to(self, device) -> "Games":
-        "The same games on a device; batches are then assembled there."
+        "The same games on a device; batches are then put together there."
         return replace(self, frames=self.frames.map(lambda t: t.to(device)), offsets=self.offsets.to(device))
     def select(self, md5s: Iterable[str]) -> "Games":
-        "Only these games, in the order they are stored."
+        "Only these games, in the order in which they are stored."
         wanted = set(md5s)
         return pack([(md5, self.game(i)) for i, md5 in enumerate(self.md5s) if md5 in wanted], self.layout)
 
 def pack(encoded: list[tuple[str, Frames]], layout: Layout) -> Games:
-    "Encoded games as one `Games`."
-    lengths = torch.tensor([0] + [len(frames.stage) for _, frames in encoded])
-    flat = [torch.cat(parts) for parts in zip(*(frames for _, frames in encoded))]
-    return Games(Frames(flat[0], flat[1].short(), flat[2].short()), lengths.cumsum(0), tuple(md5 for md5, _ in encoded), layout)
+    "Encoded games, (md5, frames) each, as one `Games`."
+    if not encoded: raise UserError("no games to pack", expected="at least one")
+    offsets = torch.tensor([0] + [len(frames.stage) for _, frames in encoded]).cumsum(0)
+    floats, ints, stage = (torch.cat(parts) for parts in zip(*(frames for _, frames in encoded)))
+    return Games(Frames(floats, ints.short(), stage.short()), offsets.to(floats.device), tuple(md5 for md5, _ in encoded), layout)
 
-# %% ../nbs/24_batches.ipynb #0004
+# %% ../nbs/24_batches.ipynb #0009
 def from_games(
-    games: Iterable[tuple[str, Game]],   # (md5, game)
+    games: Iterable[tuple[str, Game]],       # (md5, game)
     layout: Layout,
     refused: dict[str, int] | None = None,   # where refusals are counted by reason; None: a refusal is an error
     max_games: int | None = None,            # stop after so many were accepted
 ) -> Games:
-    "Encode games. Raises `EncodingRefused` for a game the encoding cannot have, or counts it in `refused`; `UserError` when none is left."
+    "Encode games. Raises `EncodingRefused` for one the encoding cannot have (or counts it), `UserError` when none is left."
     encoded = []
     for md5, game in games:
         try: frames = encode_game(game, layout)
@@ -70,74 +72,75 @@ def from_games(
             continue
         encoded.append((md5, frames._replace(ints=frames.ints.short(), stage=frames.stage.short())))
         if len(encoded) == max_games: break
-    if not encoded: raise UserError("no game can be had in this encoding", f"fields: {layout.level}", got=", ".join(f"{n} x {reason}" for reason, n in (refused or {}).items()) or "no games at all")
+    if not encoded:
+        why = ", ".join(f"{n} x {reason}" for reason, n in (refused or {}).items())
+        raise UserError("no game is left for this encoding", f"fields: {layout.level}", got=why or "no games at all")
     return pack(encoded, layout)
 
+# %% ../nbs/24_batches.ipynb #0010
 def load(
-    folder,                        # a parsed dataset
+    folder,                              # a parsed dataset
     layout: Layout,
     md5s: Iterable[str] | None = None,   # only these; None for all
     max_games: int | None = None,        # the first so many by MD5 that the encoding accepts
-    exclude: Iterable[str] = (),         # never these (held-out games)
+    exclude: Iterable[str] = (),         # never these: held-out games
     progress: bool = True,
-) -> tuple[Games, dict[str, int]]:
-    "Load and encode a parsed dataset, in the order of MD5s; see `from_games`."
-    from tqdm import tqdm
-    from melee_wm.parsed import load_games, read_meta
-    have = {record["md5"] for record in read_meta(folder)}
+) -> tuple[Games, dict[str, int]]:       # the games, and how many were refused for which reason
+    "Load and encode a parsed dataset, in the order of MD5s. Raises `UserError` when no game is left."
+    have = {record["slp_md5"] for record in read_meta(folder)}
     wanted = sorted((have if md5s is None else have & set(md5s)) - set(exclude))
     games, refused = load_games(folder, wanted, source_columns(layout)), {}
-    return from_games(tqdm(games, "encode", total=min(len(wanted), max_games or len(wanted)), unit="game", disable=not progress, mininterval=1), layout, refused, max_games), refused
+    games = tqdm(games, "encoding", total=min(len(wanted), max_games or len(wanted)), unit="game", disable=not progress, mininterval=1)
+    return from_games(games, layout, refused, max_games), refused
 
-# %% ../nbs/24_batches.ipynb #0005
+# %% ../nbs/24_batches.ipynb #0015
 def split(
     md5s: Iterable[str],
-    share: float,                        # of the games for training
-) -> tuple[list[str], list[str]]:        # training, validation: each sorted
-    "Sides by a hash of each game's MD5 alone. From two games on, neither side is empty; one game has no validation."
+    share: float,                    # of the games for training
+) -> tuple[list[str], list[str]]:    # training, validation; each sorted
+    "Sides by a hash of each game's MD5 alone. From two games on neither side is empty; one game has no validation."
     place = {md5: int(hashlib.sha256(md5.encode()).hexdigest()[:12], 16) / 16**12 for md5 in md5s}   # uniform in [0, 1)
-    ranked = sorted(place, key=lambda md5: (place[md5], md5))
-    train = sum(place[md5] < share for md5 in ranked)
-    if len(ranked) > 1: train = min(max(train, 1), len(ranked) - 1)
-    else: train = len(ranked)
-    return sorted(ranked[:train]), sorted(ranked[train:])
+    ranked = sorted(place, key=place.get)
+    n_train = sum(place[md5] < share for md5 in ranked)
+    n_train = min(max(n_train, 1), len(ranked) - 1) if len(ranked) > 1 else len(ranked)
+    return sorted(ranked[:n_train]), sorted(ranked[n_train:])
 
-# %% ../nbs/24_batches.ipynb #0006
+# %% ../nbs/24_batches.ipynb #0018
 class Batch(NamedTuple):
-    "B windows: context in, targets out. The output at position τ predicts the frame after position τ."
-    frames: Frames     # (B, K, …) context
+    "B windows. The output at position τ predicts the frame after position τ."
+    frames: Frames     # (B, K, ...) context
     controls: Tensor   # (B, T', C) what the model is told about the inputs of the target frames
-    target: Frames     # (B, T', …) the frames after the last T' positions of the context
+    target: Frames     # (B, T', ...) the frames after the last T' positions of the context
 
+# %% ../nbs/24_batches.ipynb #0022
 def window_starts(games: Games, K: int) -> Tensor:
-    "Every frame that a window can start at, (W,) int64: K frames of context, the target, and the lookahead lie in one game."
-    counts = (games.lengths - K - games.layout.encoding.lookahead).clamp(min=0)   # (G,)
-    first = games.offsets[:-1] - (counts.cumsum(0) - counts)                      # frame minus window number, per game
-    return torch.arange(int(counts.sum()), device=first.device) + first.repeat_interleave(counts)
+    "Every frame a window can start at, (W,) int64: context, target and lookahead lie in one game."
+    counts = (games.lengths - K - games.layout.encoding.lookahead).clamp(min=0)   # (G,) windows of each game
+    shift = games.offsets[:-1] - (counts.cumsum(0) - counts)                      # (G,) frame minus window number
+    return torch.arange(int(counts.sum()), device=shift.device) + shift.repeat_interleave(counts)
 
 def gather(
     games: Games,
     starts: Tensor,        # (B,) first frames of the windows
     K: int,                # frames of context
-    positions: int = 1,    # T', how many of the last positions have a target: 1 for windows, K for sequences
+    positions: int = 1,    # T', how many of the last positions have a target: 1 for windows, up to K for sequences
 ) -> Batch:
-    "The windows at `starts`, by one indexing operation per tensor."
+    "The windows at `starts`, by one indexing operation per tensor. Ids come as int64."
     span = torch.arange(K + 1 + games.layout.encoding.lookahead, device=starts.device)
-    frames = take(games.frames, starts[:, None] + span)                           # (B, K + 1 + lookahead)
-    frames = Frames(frames.floats, frames.ints.long(), frames.stage.long())
-    controls = controls_of(frames, games.layout)                                  # (B, K + 1 + lookahead, 2, 13)
-    first = K + 1 - positions                                                     # the first target
+    frames = take(games.frames, starts[:, None] + span)                          # (B, K + 1 + lookahead)
+    frames = frames._replace(ints=frames.ints.long(), stage=frames.stage.long())
+    controls, first = controls_of(frames, games.layout), K + 1 - positions       # first: position of the first target
     return Batch(take(frames, (slice(None), slice(K))), next_controls(controls[:, first:], games.layout, controls[:, first - 1]),
         take(frames, (slice(None), slice(first, K + 1))))
 
-# %% ../nbs/24_batches.ipynb #0007
+# %% ../nbs/24_batches.ipynb #0032
 def epoch_order(starts: Tensor, seed: int, epoch: int) -> Tensor:
-    "The windows of one epoch, shuffled; the same for the same seed and epoch, on every device."
-    state = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1
-    return starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(int(state))).to(starts.device)]
+    "The windows in the order of this epoch: the same for the same seed and epoch, on every device."
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(mixed)).to(starts.device)]
 
 def batch_count(games: Games, K: int, batch_size: int) -> int:
-    "Batches in one epoch; the last may be smaller."
+    "Batches of one epoch; the last may be smaller."
     return -(-len(window_starts(games, K)) // batch_size)
 
 def batches(
@@ -150,8 +153,8 @@ def batches(
     shuffle: bool = True,
     positions: int = 1,      # see `gather`
 ) -> Iterator[Batch]:
-    "The batches of one epoch from `position` on. Nothing else is state: (seed, epoch, position) resumes exactly."
+    "The batches of one epoch from `position` on; every window once. (seed, epoch, position) is all the state there is."
     order = window_starts(games, K)
+    if not len(order): raise UserError("no game is long enough for a window", expected=f"more than {K + games.layout.encoding.lookahead} frames", got=f"at most {int(games.lengths.max())}")
     if shuffle: order = epoch_order(order, seed, epoch)
-    for first in range(position*batch_size, len(order), batch_size):
-        yield gather(games, order[first:first + batch_size], K, positions)
+    for first in range(position*batch_size, len(order), batch_size): yield gather(games, order[first:first + batch_size], K, positions)

@@ -74,7 +74,7 @@ class Mamba2Block(nn.Module):
         xBC, conv = self.convolve(xBC, state and state.conv)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
         x = x.unflatten(-1, (-1, self.headdim))                                             # (B, T, H, P)
-        dt, A = F.softplus(dt.float() + self.dt_bias), -self.A_log.exp()                    # (B, T, H), (H,)
+        dt, A = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias), -self.A_log.exp()                    # (B, T, H), (H,)
         if T == 1 and state is not None:
             y, ssm = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.ssm)
             y = y[:, None]
@@ -118,6 +118,7 @@ class FrameStackMamba2(nn.Module):
     ) -> tuple[Tensor, State | None]:  # (B, last or T, D), state leaving the last frame
         "What the model remembers after each frame, before it hears the next controls."
         hidden, after = self.dropout(self.frame_proj(self.encoder(frames))), []             # (B, T, D)
+        hidden = hidden.to(self.norm.weight.dtype)    # under autocast, what the layers add to stays in single precision
         for i, layer in enumerate(self.layers):
             top = i == len(self.layers) - 1                                                 # lower layers are needed in full
             hidden, layer_state = layer(hidden, state and state[i], last if top else None, need_state)

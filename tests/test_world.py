@@ -6,7 +6,6 @@ from torch import nn
 from melee_wm.config import experiment_names, load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import columns_of, encode
-from melee_wm.fields import HEADS
 from melee_wm.mamba2 import build_model
 from melee_wm.practice import practice_match
 from melee_wm.world import World, replayed_controls, seed_windows
@@ -29,7 +28,8 @@ class Restless(nn.Module):
     def forward(self, frames, controls):
         generator = torch.Generator().manual_seed(int(frames.floats.double().abs().sum() * 1e4) % 2**31)
         noise = {n: torch.randn(v.shape, generator=generator) for n, v in self.model(frames, controls).items()}
-        return {n: v * .05 if HEADS[n].target == "delta" else v.abs() if HEADS[n].target == "absolute" else v * 5 for n, v in noise.items()}
+        size = dict(continuous=.5, velocity=.05, dynamics=.06)   # encoded units: far enough to cross a blast zone in half a second
+        return {n: (v.abs() if n == "dynamics" else v) * size.get(n, 5) for n, v in noise.items()}
 
 
 def small(name):
@@ -92,9 +92,10 @@ def test_rewind_is_exact_and_leaves_the_saved_state_alone(memory, game):
     world, starts = World(small("mamba2-1a"), sample=1., generator=torch.Generator().manual_seed(5), memory=memory), np.array([200, 300])
     given = pads(world, game, starts, 12)
     saved = seeded(world, game, starts).state
-    before = [t.clone() for t in (*saved.window, *saved.frame.values(), saved.random)]
+    def tensors(state): return [*state.window, *state.frame.values(), *state.clock, state.random, *(t for layer in state.memory or () for t in layer)]
+    before = [t.clone() for t in tensors(saved)]
     first = world.run(given)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*saved.window, *saved.frame.values(), saved.random)))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(saved), strict=True) if not a.isnan().any())
     world.state = saved
     middle = [world.step(given[:, i]) for i in range(5)]
     branch = world.state
@@ -113,15 +114,16 @@ def test_carried_memory_is_the_whole_history(game):
     seed = seed_windows(columns_of(game, world.layout), starts, world.context_len)
     given = pads(world, game, starts, 15)
     world.reset(seed, torch.tensor([game.stage]))
+    said, step = [], model.step
+    model.step = lambda *inputs: said.append(step(*inputs)) or said[-1]
     dream = world.run(given)
     history = {n: torch.cat([seed[n], dream[n].to(seed[n].dtype)], 1) for n in dream}
     frames = encode(history, torch.full((2, world.context_len + 15), game.stage), world.layout)
     with torch.inference_mode():
         for i in (0, 7, 14):
-            told = given[:, i].flatten(1)[:, None]
-            whole = model(frames.map(lambda t: t[:, :world.context_len + i]), told)
-            actions = whole["action"][:, -1].argmax(-1)
-            assert torch.equal(actions, dream["action_state"][:, i])
+            whole = model(frames.map(lambda t: t[:, :world.context_len + i]), given[:, i].flatten(1)[:, None])
+            for name in whole:
+                torch.testing.assert_close(said[i][0][name], whole[name], atol=1e-4, rtol=1e-4)
 
 
 def test_controls_matter_where_they_should(game):
@@ -136,7 +138,7 @@ def test_controls_matter_where_they_should(game):
         other = given.clone()
         other[:, 0, 0, 0] += .7
         a, b = seeded(world, game, starts).run(given), seeded(world, game, starts).run(other)
-        assert torch.equal(a["percent"][:, 0], b["percent"][:, 0]) != same_frame or torch.equal(a["x"][:, 0], b["x"][:, 0]) != same_frame
+        assert torch.equal(a["x"][:, 0], b["x"][:, 0]) != same_frame
         assert not torch.equal(a["x"][:, 1], b["x"][:, 1])
 
 
