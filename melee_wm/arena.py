@@ -54,11 +54,11 @@ class Attack(NamedTuple):
     lag: int                                     # frames of landing, for aerial attacks
 
 _ATTACKS = """
-    Attack11   2 17  2  3  4  70  0 100  1 12  4 12 0 | AttackDash 6 39  4 17  7  72 35  90  0 11  2 11 0 | AttackS3S  7 26  5  8 11 361 12 110  3 17  4 12 0
-    AttackHi3  8 23  5 11  9  95 22 120 -6  8  6 20 0 | AttackLw3  9 27  7  9 11  75 20 120  3 18  0  6 0 | AttackS4S 10 39 12 20 16 361 22 112  3 18  3 13 0
-    AttackHi4 11 41  7 12 16  85 30 115 -6 10  3 23 0 | AttackLw4 12 45  6 10 14  30 20 105 -15 15 0  6 0 | AttackAirN 13 41  4 24 12 361 10 105 -5 10 0 11 15
-    AttackAirF 14 45  6 10 11 361 10 110  2 14  3 13 22 | AttackAirB 15 39 4 10 14 361 10 100 -14 -1 3 12 20 | AttackAirHi 16 39 8 14 13 85 25 100 -6 7 9 21 18
-    AttackAirLw 17 45 5 22 12 70 15 85 -4 7 -4 6 18"""
+    Attack11   2 17 2  3  5  70 5 100  1 12 4 12 0 | AttackDash 6 39  4 17 10  72 35 100   0 11 2 11 0 | AttackS3S  7 26  5  8 12 361 12 115  3 17 4 12 0
+    AttackHi3  8 23 5 11 10 95 25 125 -6 8 6 20 0 | AttackLw3  9 27  7  9 12  75 22 120   3 18 0  6 0 | AttackS4S 10 39 12 20 18 361 25 118  3 18 3 13 0
+    AttackHi4 11 41 7 12 18 85 32 118 -6 10 3 23 0 | AttackLw4 12 45  6 10 16  30 25 110 -15 15 0  6 0 | AttackAirN 13 41 4 24 13 361 12 108 -5 10 0 11 15
+    AttackAirF 14 45 6 10 13 361 14 115 2 14 3 13 22 | AttackAirB 15 39 4 10 15 361 14 110 -14 -1 3 12 20 | AttackAirHi 16 39 8 14 14 85 28 110 -6 7 9 21 18
+    AttackAirLw 17 45 5 22 13 70 20 95 -4 7 -4 6 18"""
 
 Action = SimpleNamespace(**ACTION_OF)   # Action.Wait is 14
 ATTACKS: dict[int, Attack] = {ACTION_OF[name]: Attack(*map(int, numbers)) for name, *numbers in (row.split() for row in _ATTACKS.strip().replace("\n", "|").split("|"))}

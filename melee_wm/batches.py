@@ -127,7 +127,9 @@ def gather(
 ) -> Batch:
     "The windows at `starts`, by one indexing operation per tensor. Ids come as int64."
     span = torch.arange(K + 1 + games.layout.encoding.lookahead, device=starts.device)
-    frames = take(games.frames, starts[:, None] + span)                          # (B, K + 1 + lookahead)
+    rows = starts[:, None] + span                                                # (B, K + 1 + lookahead)
+    # index_select copies whole rows: four times as fast as games.frames.floats[rows] on a CPU
+    frames = games.frames.map(lambda t: t.index_select(0, rows.flatten()).unflatten(0, rows.shape))
     frames = frames._replace(ints=frames.ints.long(), stage=frames.stage.long())
     controls, first = controls_of(frames, games.layout), K + 1 - positions       # first: position of the first target
     return Batch(take(frames, (slice(None), slice(K))), next_controls(controls[:, first:], games.layout, controls[:, first - 1]),

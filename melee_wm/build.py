@@ -234,8 +234,12 @@ class _Dataset:
         self.known = {r["content"] for r in self.records.values()}   # the games that were here before
 
     def _journalled(self) -> Iterator[dict]:
-        for line in self.journal.read_text().splitlines(keepends=True) if self.journal.exists() else ():
-            if line.endswith("\n"): yield json.loads(line)
+        if not self.journal.exists(): return
+        for line in (text := self.journal.read_text()).splitlines():
+            try: yield json.loads(line)
+            except ValueError: continue   # cut off by a kill: that game is parsed again
+        if text and not text.endswith("\n"):
+            with open(self.journal, "a") as file: file.write("\n")
 
     def add(self, record: dict):
         self.records[record["slp_md5"]] = record

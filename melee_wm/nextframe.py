@@ -53,43 +53,42 @@ def propose(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width)
     groups: tuple[str, ...],
-    integrate: bool,
     temperature: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Columns:                         # every predicted field, each (..., 2)
-    "What the heads say about the next frame in game units, positions integrated; no rule applied yet."
+    "What the heads say about the next frame in game units; nothing integrated, no rule applied yet."
     new = {}
     for name in head_names(groups):
         head, values = HEADS[name], prediction[name]
         if head.target == "class": new[head.fields[0]] = choose(values, False, temperature, generator); continue
         if head.target == "logit": values = choose(values, True, temperature, generator)
         for f, v in zip(head.fields, values.unbind(-1)): new[f] = v/BY_NAME[f].scale + (last[f] if head.target == "delta" else 0)
-    if integrates(groups, integrate):
-        for f, carried in zip(("x", "y"), displacement(last, new)): new[f] = new[f] + carried
     return new
 
-# %% ../nbs/40_nextframe.ipynb #0021
+# %% ../nbs/40_nextframe.ipynb #0020
 LEAST_DAMAGE = 0.74   # percent; the smallest rise in 36 real matches
 
 def settle(last: Columns, proposed: Columns) -> Columns:
-    "The proposal on the game's grid: whole hitlag and combo, percent that does not creep, shield within 0 and 60."
+    "The proposal on the game's grid: hitlag that counts down, whole combo, percent that does not creep, shield within 0 and 60."
     new = dict(proposed)
     rises = new["percent"] - last["percent"] >= LEAST_DAMAGE/2
     new["percent"] = torch.where(rises, new["percent"], last["percent"]).clamp(0, 999)
     new["shield"] = new["shield"].clamp(0, 60)
-    for name in ("hitlag", "combo_count"):
-        if name in new: new[name] = new[name].round().clamp(min=0)
+    if "combo_count" in new: new["combo_count"] = new["combo_count"].round().clamp(min=0)
+    if "hitlag" in new:
+        begins = (new["hitlag"].round() > last["hitlag"]) | (last["hitlag"] < .5)
+        new["hitlag"] = torch.where(begins, new["hitlag"].round(), last["hitlag"] - 1).clamp(min=0)
     if "hurtbox_state" in new: new["invulnerable"] = (new["hurtbox_state"] != 0).float()
     return new
 
-# %% ../nbs/40_nextframe.ipynb #0026
+# %% ../nbs/40_nextframe.ipynb #0025
 _AGE_STEP = {0: (0, 1, 2, 178, 179, 182, 322, 323, 324), 3.01: (43,)}   # all others: 1 (measured on 36 real matches, as are the next two)
 _AGE_FIRST = {-1: (0, 1, 2, 178, 179, 182, 237, 324),                   # all others: 0
     1: (*range(15, 19), 20, 39, 44, 47, *range(50, 70), *range(75, 92), *range(94, 117), 184, *range(187, 191), 192, 193, *range(195, 199),
         219, 221, 222, 226, *range(233, 237), 239, 241, 242, 252, *range(254, 264), 344, 350, 353, 354, 360, 365)}
 _AGE_LOOP = {8: (29, 32, 35), 16: (91,), 30: (4, 6)}                    # the age that begins again at 0
 
-# %% ../nbs/40_nextframe.ipynb #0028
+# %% ../nbs/40_nextframe.ipynb #0027
 class Clock(NamedTuple):
     "What rules know of the past that no single frame shows, each (..., 2)."
     in_action: Tensor   # frames in the present action, this one included; 0 where it began before we looked
@@ -118,7 +117,7 @@ def start_clock(frames: Columns, port: Tensor | None = None) -> Clock:
     for t in range(1, frames["action_state"].shape[-2]): clock = tick(clock, at(t - 1), at(t))
     return clock
 
-# %% ../nbs/40_nextframe.ipynb #0029
+# %% ../nbs/40_nextframe.ipynb #0028
 def next_age(last: Columns, new: Columns, clock: Clock, freezes: bool = True) -> Tensor:
     "The next `state_age`, (..., 2): one step on where the action lasts (none in hitlag), else the first age of the new action."
     tables, action = _tables(last["x"].device), new["action_state"]
@@ -128,7 +127,7 @@ def next_age(last: Columns, new: Columns, clock: Clock, freezes: bool = True) ->
     age = torch.where(same, last["state_age"] + step, tables.age_first[action])
     return torch.where(same & (age >= tables.age_loop[action]), 0., age)
 
-# %% ../nbs/40_nextframe.ipynb #0033
+# %% ../nbs/40_nextframe.ipynb #0032
 LAST_DEAD, REBIRTH = 10, 12   # actions up to 10 die; 12 rides the halo down (ACTIONS)
 TOP_KNOCKBACK = 2.2           # upward knockback that makes the upper blast zone deadly: deaths had 3.1 or more, survivors 1.3 or less
 DEATH_MARGIN = 5.             # game units before the line at which a predicted death is believed
@@ -147,7 +146,7 @@ def dying(last: Columns, new: Columns, zone: Tensor) -> tuple[Tensor, Tensor]:
     dies = alive & ((room < 0) | said & ((room < DEATH_MARGIN) | zone[..., :1].isinf()))
     return dies, torch.where(dies & ~said, torch.where(side < 3, side, 4), new["action_state"])   # down, left, right, or a star
 
-# %% ../nbs/40_nextframe.ipynb #0035
+# %% ../nbs/40_nextframe.ipynb #0034
 class _Tables(NamedTuple):
     age_step: Tensor; age_first: Tensor; age_loop: Tensor; dead_frames: Tensor   # (actions,)
     zone: Tensor                                                                 # (stages, 4) left, right, top, bottom
@@ -168,7 +167,7 @@ def _tables(device: torch.device) -> _Tables:
         by_actions = (by_action(_AGE_STEP, 1), by_action(_AGE_FIRST, 0), by_action(_AGE_LOOP, torch.inf), by_action(_DEAD_FRAMES, torch.inf))
         return _Tables(*(t.to(device) for t in (*by_actions, zone, rebirth)))
 
-# %% ../nbs/40_nextframe.ipynb #0038
+# %% ../nbs/40_nextframe.ipynb #0037
 _VELOCITIES = HEADS["velocity"].fields
 _RETURNED = {"shield": 60} | dict.fromkeys((*_VELOCITIES, "percent", "hitlag", "combo_count", "on_ground", "invulnerable",
     "l_cancel", "hurtbox_state", "ground", "last_attack_landed"), 0)
@@ -185,7 +184,7 @@ def referee(
     zone, place = tables.zone[stage], tables.rebirth[stage].gather(-2, clock.port[..., None].expand(*clock.port.shape, 3))   # (..., 4), (..., 2, 3)
     dead, said, limit, known = was <= LAST_DEAD, new["action_state"] <= LAST_DEAD, tables.dead_frames[was], place[..., 0].isfinite()
     dies, action = dying(last, new, zone)
-    over = torch.where((clock.in_action > 0) & limit.isfinite(), clock.in_action >= limit, ~said)
+    over = torch.where((clock.in_action > 0) & limit.isfinite(), clock.in_action >= limit, new["action_state"] == REBIRTH)
     returns = dead & over & (last["stocks"] > .5 if "stocks" in last else True)
     waits, rides = dead & ~returns, (was == REBIRTH) & (clock.in_action > 0) & (clock.in_action < _REBIRTH_FRAMES) & known
     action = torch.where(~dead & ~dies & said, living, action)                        # no death without a crossing
@@ -196,7 +195,7 @@ def referee(
     for n in frame.keys() & {*_VELOCITIES, "hitlag"}: frame[n] = torch.where(dies, 0., frame[n])
     for n in frame.keys() & _RETURNED.keys(): frame[n] = torch.where(returns, _RETURNED[n], frame[n])
     (px, py, speed), (left, right, top, bottom) = place.unbind(-1), zone.unsqueeze(-2).unbind(-1)
-    for n, low, high, start, sinks in (("x", left, right, px, 0.), ("y", bottom, top, py, speed)):
+    for n, low, high, start, sinks in (("x", left, right, px, 0.), ("y", bottom, top, py, last.get("speed_y", speed))):
         free = torch.where(dead, torch.where(still, last[n], new[n]), new[n].clamp(low, high))
         frame[n] = torch.where(rides, last[n] + sinks, torch.where(returns & known, start, free))
     frame["facing"] = torch.where(returns & known, (px < 0).float(), frame["facing"])   # towards the middle
@@ -204,7 +203,7 @@ def referee(
     if "stocks" in frame: frame["stocks"] = (last["stocks"] - dies.float()).clamp(0, 4)
     return frame | {"action_state": action}
 
-# %% ../nbs/40_nextframe.ipynb #0040
+# %% ../nbs/40_nextframe.ipynb #0039
 def next_frame(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width): one position of a model's output
@@ -219,15 +218,16 @@ def next_frame(
 ) -> Columns:                         # every field of the layout, game units, each (..., 2)
     "The frame that follows `last`, by the model's prediction and the game's rules."
     clock = clock or no_clock(last)
-    new = settle(last, propose(last, prediction, heads, integrate, temperature, generator))
+    new = settle(last, propose(last, prediction, heads, temperature, generator))
     freezes = "hitlag" in new
+    if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given"} | new
     living = prediction["action"][..., LAST_DEAD + 1:].argmax(-1) + LAST_DEAD + 1
     new = referee(last, new, living, stage.long(), clock)
     if "state_age" in last: new["state_age"] = next_age(last, new, clock, freezes)
     return {f.name: controls[..., CONTROLS.index(f.name)] if f.target == "given" else new[f.name] for f in layout.fields}
 
-# %% ../nbs/40_nextframe.ipynb #0042
+# %% ../nbs/40_nextframe.ipynb #0041
 def _returns(last: Frames, target: Frames, layout: Layout) -> Tensor:
     "Who comes back to life at a place the rules know, (..., 2) bool."
     i = layout.int_index("action_state")
@@ -261,7 +261,7 @@ def head_targets(
     ruled = _returns(last, target, layout)[..., None]
     return {n: v.masked_fill(ruled, 0) if HEADS[n].target == "delta" else v for n, v in targets.items()}
 
-# %% ../nbs/40_nextframe.ipynb #0044
+# %% ../nbs/40_nextframe.ipynb #0043
 def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     "The prediction that says exactly these targets: the numbers themselves, and logits of ±10 for bits and classes."
     def said(name, values):
@@ -269,7 +269,7 @@ def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
         return 20*values - 10 if HEADS[name].target == "logit" else values
     return {name: said(name, values) for name, values in targets.items()}
 
-# %% ../nbs/40_nextframe.ipynb #0053
+# %% ../nbs/40_nextframe.ipynb #0052
 def field_roles(layout: Layout, heads: tuple[str, ...]) -> dict[str, list[str]]:
     "What becomes of every field of the layout from frame to frame: predicted, ruled, carried or given."
     predicted = {f for name in head_names(heads) for f in HEADS[name].fields}

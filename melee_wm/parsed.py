@@ -247,6 +247,7 @@ def _not_training(game: Game) -> str:
     "Why slippi-ai would not train on this game; empty where it would."
     lost = [p for p in ("hurtbox_state", "on_ground", "jumps_left") if p not in game] + ["items"]*(game.items is None) + ["nana"]*bool(game.info.get("followers")) \
         + ["fod_platforms"]*("fod_platforms.left" not in _moving_floors(game))
+    if game.info.get("synthetic"): return "synthetic"
     if game.version < (2, 1, 0): return "slippi version too low"
     if len(game) + FIRST_FRAME - 1 < 3600: return "game length too short"
     if game.info.get("timer") != 480: return "timer not set to 8 minutes"
@@ -319,9 +320,11 @@ def serve():
     "A worker's life: one JSON task per line on stdin (the arguments of `parse_replay`), one JSON verdict per line on the original stdout."
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)   # whatever else prints must not end up among the answers
-    print("ready", file=answers, flush=True)
+    def answer(text):
+        try: print(text, file=answers, flush=True)
+        except BrokenPipeError: os._exit(0)   # the builder was killed: nobody is there to be told
+    answer("ready")
     for line in sys.stdin:
         try: verdict = parse_replay(**json.loads(line))
         except (UserError, OSError) as error: verdict = {"failed": str(error)}
-        try: print(json.dumps(verdict), file=answers, flush=True)
-        except BrokenPipeError: os._exit(0)   # the builder was killed: nobody is there to be told
+        answer(json.dumps(verdict))

@@ -372,7 +372,8 @@ def test_refusals_are_counted_and_nothing_left_is_an_error():
 
 
 def test_load_a_dataset(tmp_path):
-    from melee_wm.parsed import build, fingerprint
+    from melee_wm.build import build
+    from melee_wm.parsed import fingerprint
     from melee_wm.practice import write_practice
     paths = write_practice(tmp_path/"slp", games=3, seed=7)
     build(paths, tmp_path/"parsed", progress=False)
