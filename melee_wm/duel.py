@@ -11,7 +11,7 @@ __all__ = ['WALKS', 'GUARDS', 'SHIELDED', 'GROUND_FREE', 'DEAD_ZONE', 'FLICK', '
 # %% ../nbs/05_duel.ipynb #0002
 import math
 from .arena import (AERIALS, ATTACK_BUTTON, ATTACKS, ATTRIBUTES, HITSTUN, JUMP_BUTTONS, KNOCKBACK_DECAY, LAUNCH_SPEED, NEUTRAL, SHIELD_BUTTONS, TUMBLE,
-    Action, Attack, Attributes, Controls, Fighter, State, become, copy_fighter, knockback, landing_at, start, support_at, toward)
+    Action, Attack, Attributes, Controls, Fighter, State, become, copy_fighter, knockback, landing_at, support_at, toward)
 from .melee import NO_GROUND, STAGES, Stage
 
 # %% ../nbs/05_duel.ipynb #0005

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
-from .arena import ATTACK_BUTTON, ATTACKS, ATTRIBUTES, AERIALS, NEUTRAL, SHIELD_BUTTONS, Action, Controls, Fighter, State, controls_of, landing_at, start
+from .arena import ATTACK_BUTTON, ATTACKS, ATTRIBUTES, AERIALS, NEUTRAL, Action, Controls, Fighter, State, controls_of, landing_at, start
 from .duel import AIR_FREE, AWAY, DAMAGED, DEAD, DEAD_FRAMES, FLICK, GROUND_FREE, GUARDS, SHIELDED, WALKS, hurtbox_state, step
 from .frame import COLUMNS, FIRST_FRAME, ITEM_COLUMNS, Game
 from .melee import BUTTON_BITS, STAGES, Stage, external_of

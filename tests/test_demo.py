@@ -83,5 +83,5 @@ def test_real_replays_take_the_same_road(replays, tmp_path):
     assert "SYNTHETIC" not in printed and not [name for name in RUN_FILES if not (tmp_path / "real" / name).is_file()]
     card = json.loads((tmp_path / "real" / "scorecard.json").read_text())
     manifest = json.loads((tmp_path / "real" / "manifest.json").read_text())
-    assert card["split"] == "val" and card["games"] == len(manifest["game_md5s"]["val"]) == 1 and len(manifest["game_md5s"]["train"]) == 3
+    assert card["split"] == "val" and card["games"] == len(manifest["val_md5s"]) == 1 and len(manifest["train_md5s"]) == 3
     assert "synthetic" not in (tmp_path / "real" / "notebook.html").read_text().split("<body")[1].lower()

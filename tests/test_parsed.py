@@ -143,6 +143,7 @@ def values(dtype: str, shape, rng) -> np.ndarray:
     return raw
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.sets(st.sampled_from([c for c in COLUMNS if c != "x"])), st.booleans(), st.booleans())
 def test_any_game_survives(tmp_path_factory, seed, frames, names, with_items, with_events):

@@ -40,7 +40,7 @@ def test_values_are_melees(match):
     assert set(np.unique(match["ground"])) <= {*STAGES[match.stage].surfaces, 65535}
     assert surface_of(match.stage, match["ground"]).max() < 31
     assert match["hitlag"].max() <= 16 and match["jumps_left"].max() <= 2 and match["action_state"].max() < 341
-    left, right, top, bottom = STAGES[match.stage].blast_zone
+    left, right, _, bottom = STAGES[match.stage].blast_zone
     alive = match["action_state"] > 3
     assert (match["x"][alive] >= left).all() and (match["x"][alive] <= right).all() and (match["y"][alive] >= bottom).all()
     for name, grid in (("main_x", 80), ("main_y", 80), ("c_x", 80), ("c_y", 80), ("shoulder", 140)):
@@ -171,7 +171,7 @@ def test_tables_against_real_replays(replays):
         assert np.mean(surface_of(game.stage, game["ground"]) == 31) < 1e-3, path.name
         action = game["action_state"]
         assert set(CATEGORY_OF[action.ravel()]) <= set(range(len(CATEGORIES)))
-        left, right, top, bottom = s.blast_zone
+        left, right, _, bottom = s.blast_zone
         playing = action > 10
         assert np.mean((game["x"] < left - 3)[playing] | (game["x"] > right + 3)[playing] | (game["y"] < bottom - 5)[playing]) < 1e-3, path.name
         waits = (action[1:] == 13) & (action[:-1] == 12)
