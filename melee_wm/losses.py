@@ -6,10 +6,9 @@
 __all__ = ['HUBER_BEND', 'last_frames', 'float_loss', 'head_loss', 'loss']
 
 # %% ../nbs/41_losses.ipynb #0002
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .fields import BY_NAME, HEADS
+from .fields import HEADS
 from .config import Config
 from .encoding import Frames, Layout, take
 from .batches import Batch

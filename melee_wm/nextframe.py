@@ -187,11 +187,12 @@ def referee(
     over = torch.where((clock.in_action > 0) & limit.isfinite(), clock.in_action >= limit, new["action_state"] == REBIRTH)
     returns = dead & over & (last["stocks"] > .5 if "stocks" in last else True)
     waits, rides = dead & ~returns, (was == REBIRTH) & (clock.in_action > 0) & (clock.in_action < _REBIRTH_FRAMES) & known
-    action = torch.where(~dead & ~dies & said, living, action)                        # no death without a crossing
+    unlikely = ~dead & ~dies & (said | (new["action_state"] <= REBIRTH) & (was != REBIRTH))
+    action = torch.where(unlikely, living, action)                                    # no death without a crossing, no return without a death
     action = torch.where(waits & (limit.isfinite() | ~said), was, action)
     action = torch.where(returns | rides, REBIRTH, action)
     still = dies | rides | waits & (was <= 3)                                         # stars go on falling
-    frame = {n: torch.where(still, last[n], v) for n, v in new.items()}
+    frame = {n: torch.where(still, last[n], v) if n != "shield" else v for n, v in new.items()}   # a shield mends even then
     for n in frame.keys() & {*_VELOCITIES, "hitlag"}: frame[n] = torch.where(dies, 0., frame[n])
     for n in frame.keys() & _RETURNED.keys(): frame[n] = torch.where(returns, _RETURNED[n], frame[n])
     (px, py, speed), (left, right, top, bottom) = place.unbind(-1), zone.unsqueeze(-2).unbind(-1)
@@ -222,7 +223,7 @@ def next_frame(
     freezes = "hitlag" in new
     if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given"} | new
-    living = prediction["action"][..., LAST_DEAD + 1:].argmax(-1) + LAST_DEAD + 1
+    living = prediction["action"][..., REBIRTH + 1:].argmax(-1) + REBIRTH + 1
     new = referee(last, new, living, stage.long(), clock)
     if "state_age" in last: new["state_age"] = next_age(last, new, clock, freezes)
     return {f.name: controls[..., CONTROLS.index(f.name)] if f.target == "given" else new[f.name] for f in layout.fields}

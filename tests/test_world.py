@@ -28,7 +28,7 @@ class Restless(nn.Module):
     def forward(self, frames, controls):
         generator = torch.Generator().manual_seed(int(frames.floats.double().abs().sum() * 1e4) % 2**31)
         noise = {n: torch.randn(v.shape, generator=generator) for n, v in self.model(frames, controls).items()}
-        size = dict(continuous=.5, velocity=.05, dynamics=.06)   # encoded units: far enough to cross a blast zone in half a second
+        size = dict(continuous=1., velocity=.05, dynamics=.06)   # encoded units: far enough to cross a blast zone in half a second
         return {n: (v.abs() if n == "dynamics" else v) * size.get(n, 5) for n, v in noise.items()}
 
 
