@@ -19,7 +19,6 @@ from tqdm import tqdm
 from .core import UserError
 from .frame import Game
 from .parsed import fingerprint
-from .fields import BY_NAME
 from .config import EvaluationConfig, config_hash
 from .encoding import EncodingRefused, Layout, check_encodable, columns_of
 from .batches import from_games, gather, window_starts

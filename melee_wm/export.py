@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from .core import UserError, write_json
 from .melee import BUTTON_BITS, ground_of
-from .frame import COLUMNS, FIRST_FRAME, PRE, Game, cut
+from .frame import COLUMNS, FIRST_FRAME, PRE, Game
 from .slp import draw_match, write_slp
 from .fields import BUTTONS
 from .config import config_hash
@@ -93,7 +93,7 @@ def to_game(rollout: Rollout) -> Game:
     "The rollout as a `Game` of version 3.13, which everything that takes games accepts."
     what = "teacher-forced prediction" if rollout.source.get("teacher_forced") else "rollout"
     origin = f"{what} of {rollout.source['model']} from frame {rollout.source['seed_frame']} of {rollout.source['seed_game'] or 'a game'}: not a match that was played"
-    if rollout.source.get("synthetic"): origin += f"; seed game: {rollout.source['synthetic']}"
+    if rollout.source.get("synthetic"): origin += f"; the seed game is synthetic: {rollout.source['synthetic']}"
     return Game(rollout.stage, rollout.columns, tuple(p["port"] for p in rollout.players), tuple(p["character"] for p in rollout.players), info={"synthetic": origin})
 
 # %% ../nbs/46_export.ipynb #0020

@@ -191,13 +191,13 @@ def referee(
     action = torch.where(unlikely, living, action)                                    # no death without a crossing, no return without a death
     action = torch.where(waits & (limit.isfinite() | ~said), was, action)
     action = torch.where(returns | rides, REBIRTH, action)
-    still = dies | rides | waits & (was <= 3)                                         # stars go on falling
+    still = dies | rides | waits & (was <= 3)                                         # stars go on falling, inside the zone
     frame = {n: torch.where(still, last[n], v) if n != "shield" else v for n, v in new.items()}   # a shield mends even then
     for n in frame.keys() & {*_VELOCITIES, "hitlag"}: frame[n] = torch.where(dies, 0., frame[n])
     for n in frame.keys() & _RETURNED.keys(): frame[n] = torch.where(returns, _RETURNED[n], frame[n])
     (px, py, speed), (left, right, top, bottom) = place.unbind(-1), zone.unsqueeze(-2).unbind(-1)
     for n, low, high, start, sinks in (("x", left, right, px, 0.), ("y", bottom, top, py, last.get("speed_y", speed))):
-        free = torch.where(dead, torch.where(still, last[n], new[n]), new[n].clamp(low, high))
+        free = torch.where(dead & still, last[n], new[n].clamp(low, high))
         frame[n] = torch.where(rides, last[n] + sinks, torch.where(returns & known, start, free))
     frame["facing"] = torch.where(returns & known, (px < 0).float(), frame["facing"])   # towards the middle
     if "speed_y" in frame: frame["speed_y"] = torch.where(returns & known, speed, frame["speed_y"])

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
+from IPython import get_ipython
 from IPython.display import HTML, display
 from filelock import FileLock, Timeout
 from jinja2 import DictLoader
@@ -66,7 +67,8 @@ def _kernel_manager(sockets: str, started: list) -> type:
 
 # %% ../nbs/60_report.ipynb #0012
 def begin(interval: float = .5):
-    "First call of a run notebook: end this kernel as soon as the command that started it is gone. Does nothing in a notebook that a person opened."
+    "First call of a run notebook: end this kernel as soon as the command that started it is gone. A notebook that a person opened lives on."
+    if shell := get_ipython(): shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")   # sharp pictures
     if PARENT not in os.environ: return
     parent = int(os.environ[PARENT])
     def watch():
@@ -166,7 +168,8 @@ _PAGE = """{%- extends 'lab/index.html.j2' -%}
   .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { display: none; background: #f7f7f7 } body:has(#show-code:checked) .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { display: block }
   .switch { position: absolute; top: 10px; right: 16px; font: 13px system-ui, sans-serif; color: #888 } @media print { .switch { display: none } }
   .mwm table { border-collapse: collapse; font-size: 14px; margin: 8px 0 } .mwm th, .mwm td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #e5e5e5 } .mwm th:first-child, .mwm td:first-child { text-align: left }
-  .mwm .best { font-weight: 600; color: #0a7a3c } .mwm .note { color: #777; font-size: 13px } .mwm .warn { background: #fff3cd; border: 1px solid #e6c65c; border-radius: 6px; padding: 8px 14px; margin: 8px 0 } .mwm .headline { font-size: 17px; margin: 6px 0 }
+  .mwm .facts td { text-align: left } .mwm .facts td:first-child { color: #666; white-space: nowrap }
+  .jp-RenderedMarkdown { padding-left: 0 !important } .mwm .best { font-weight: 600; color: #0a7a3c } .mwm .note { color: #777; font-size: 13px } .mwm .warn { background: #fff3cd; border: 1px solid #e6c65c; border-radius: 6px; padding: 8px 14px; margin: 8px 0 } .mwm .headline { font-size: 17px; margin: 6px 0 }
 </style>{% endblock %}
 {% block body_header %}{{ super() }}<label class="switch"><input type="checkbox" id="show-code"> show code and logs</label>{% endblock %}"""
 
@@ -181,9 +184,11 @@ def write_html(notebook, path=None) -> Path:
 
 # %% ../nbs/60_report.ipynb #0028
 def _table(header: list, rows: list[list]) -> str:
-    "An HTML table; cells may hold HTML."
+    "An HTML table; cells may hold HTML. Without a header it is a list of facts."
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
-    return "<table>" + (line(header, "th") if header else "") + "".join(line(r, "td") for r in rows) + "</table>"
+    return ("<table>" + line(header, "th") if header else '<table class="facts">') + "".join(line(r, "td") for r in rows) + "</table>"
+
+def _some(n: int, what: str) -> str: return f"{n:,} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
 
 def _page(body: str): display(HTML(f'<div class="mwm">{body}</div>'))
 
@@ -214,7 +219,7 @@ def show_run(manifest: dict):
     frames, refused = manifest["frames"], manifest["games_refused"] or {}
     ended = f'<div class="warn"><b>The run was {manifest["status"]}:</b> {html.escape(manifest["reason"] or "")}</div>' if manifest["status"] != "finished" else ""
     alone = '<div class="warn">There is <b>no validation</b>: the data is a single match, so the points below are of the match that was trained on.</div>' if not manifest["val_md5s"] else ""
-    games = f'{len(manifest["train_md5s"])} matches ({frames["train"]:,} frames) to train on, {len(manifest["val_md5s"])} ({frames["val"]:,} frames) held out' + "".join(f"; {n} refused: {html.escape(why)}" for why, n in refused.items())
+    games = f'{_some(len(manifest["train_md5s"]), "match")} ({frames["train"]:,} frames) to train on, {len(manifest["val_md5s"])} ({frames["val"]:,} frames) held out' + "".join(f"; {n} refused: {html.escape(why)}" for why, n in refused.items())
     code = f'{(manifest["git_commit"] or "unknown")[:12]}' + (", with uncommitted changes" if manifest["git_dirty"] else "")
     best = manifest["best"] and f'epoch {manifest["best"]["epoch"]} of {len(manifest["all_epochs"])}, by {manifest["best"]["metric"]} {manifest["best"]["value"]:.4g}'
     _page(ended + alone + _table([], [["Games", games], ["Data fingerprint", manifest["data_fingerprint"]], ["Best epoch", best or "none"], ["Time", f'{manifest["seconds"] or 0:,.0f} s on {manifest["device"]} ({", ".join(manifest["machine"]["gpus"]) or "{} threads".format(manifest["machine"]["threads"])})'],
@@ -290,12 +295,13 @@ def show_scorecard(result: dict | None):
     if result is None: return _page('<p class="note">There is no scorecard: the run ended before it could be evaluated.</p>')
     forced, rollout = result["teacher_forced"], result["rollout"]
     on_train = '<div class="warn"><b>No game was held out.</b> These figures are of the training games: they show what was learnt by heart.</div>' if result["split"] == "train" else ""
-    one_step = _table(["One step, from true frames", ""], [[label, f"{forced[name]:{how}}"] for label, name, how in (("Action right", "action_acc", ".1%"), ("Action right where it changes", "action_change_acc", ".1%"),
-        ("Position error, game units", "position_mae", ".3f"), ("Damage error, percent points", "damage_mae", ".3f")) if forced.get(name) is not None])
-    _page(f'{on_train}<p class="headline">{headline(result)}</p>{one_step}<p class="note">Dreaming freely, every {rollout["stride"]}th frame of {result["games"]} games as a start ({rollout["starts"]:,} starts), mean over the first so many frames:</p>{scorecard_table(result)}'
+    nothing, shown = forced.get("doing_nothing") or {}, lambda value, how: "–" if value is None else f"{value:{how}}"
+    one_step = _table(["One step, from true frames", "model", "doing nothing"], [[label, shown(forced.get(name), how), shown(nothing.get(base), how)] for label, name, base, how in (("Action right", "action_acc", "action_acc_hold", ".1%"),
+        ("Action right where it changes", "action_change_acc", None, ".1%"), ("Position error, game units", "position_mae", "position_mae_constant_velocity", ".3f"), ("Damage error, percent points", "damage_mae", "damage_mae_hold", ".3f"))])
+    _page(f'{on_train}<p class="headline">{headline(result)}</p>{one_step}<p class="note">Dreaming freely, every {rollout["stride"]}th frame of {_some(result["games"], "match")} as a start ({rollout["starts"]:,} in all), mean over the first so many frames:</p>{scorecard_table(result)}'
           '<p class="note">The best in each column is green.</p>')
     plot_scorecard(result); plt.show()
 
 def record(result: dict):
     "Keep a result in the notebook itself, as `application/vnd.melee-wm+json`, for tools that read executed notebooks."
-    display({"application/vnd.melee-wm+json": json_safe(result), "text/plain": f"{len(result)} keys recorded"}, raw=True)
+    display({"application/vnd.melee-wm+json": json_safe(result), "text/plain": "", "text/html": '<p class="mwm"><span class="note">These results are also kept in notebook.ipynb as data, application/vnd.melee-wm+json.</span></p>'}, raw=True)

@@ -185,7 +185,7 @@ def train_epoch(
             log({"epoch": p.epoch + p.batch/per_epoch, "lr": group["lr"], "seconds": p.seconds, **means(p.recent)}, p.step)
             p = p._replace(sums=_merge(p.sums, p.recent), recent={}, logged=[*p.logged, (p.step, _mean_loss(p.recent))])
             if reason := reason_to_stop(t, p.logged, per_epoch, p.epoch_seconds): return p, reason
-        report(p, progress)
+        report(p, progress_of(p.step, per_epoch*t.epochs, p.seconds, t.minutes))
     return p, None
 
 # %% ../nbs/53_train.ipynb #0023
@@ -202,6 +202,8 @@ def train(
 ) -> Outcome:
     "Train a model; checkpoints `latest`, `best` and `final` in `folder`. Raises `UserError` where a run cannot be resumed with this experiment and data."
     folder, t, fingerprint = Path(folder), config.training, train_games.fingerprint
+    state = load_training_state(folder) if resume else None
+    p, ended = resumed_position(state.values, config, fingerprint, folder) if state else Position(), None
     torch.manual_seed(t.seed)
     model = build_model(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
@@ -210,10 +212,7 @@ def train(
     if not per_epoch: raise UserError("nothing to train on", "training games", expected=f"a game of more than {model.context_len} frames", got="none")
     first = next(batches(train_games, model.context_len, t.batch_size, t.seed))
     preflight(first.frames, first.controls, model.layout, model.context_len)
-    p, ended = Position(), None
-    if resume:
-        state = load_training_state(folder)
-        p = resumed_position(state.values, config, fingerprint, folder); restore(state, model, optimizer)
+    if state: restore(state, model, optimizer)
 
     def describe(): return describe_checkpoint(config, p.epoch, p.step, json_safe(p.epochs[-1] if p.epochs else {}), fingerprint, folder.parent.name)
     def save():

@@ -12,10 +12,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import UserError
-from .fields import CONTROLS
+from .fields import CONTROLS, HEADS
 from .encoding import Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
-from .nextframe import Clock, field_roles, next_frame, start_clock, tick
+from .nextframe import Clock, certain, field_roles, head_targets, next_frame, start_clock, tick
 
 # %% ../nbs/43_world.ipynb #0006
 def seed_windows(
@@ -61,6 +61,12 @@ class WorldState(NamedTuple):
     memory: Any = None          # what a recurrent model carries, of all frames before the last
     random: Tensor | None = None    # state of the generator, where the world samples
 
+def _roles(model: nn.Module, missing: tuple[str, ...]) -> dict[str, list[str]]:
+    "`field_roles` of a model, where the fields of missing heads are carried."
+    roles, untaught = field_roles(model.layout, model.config.model.heads), [f for name in missing for f in HEADS[name].fields]
+    carried = [f for f in roles["predicted"] if f in untaught]
+    return roles | {"predicted": [f for f in roles["predicted"] if f not in untaught], "carried": carried + roles["carried"]}
+
 class World:
     "A world model as an environment: `reset` with known frames, then `step` with both controllers, for B matches at once."
     def __init__(self,
@@ -76,7 +82,8 @@ class World:
         self.device = next(model.parameters()).device
         self.sample, self.generator, self.memory = sample, generator, memory
         self.layout, self.context_len, self.config = model.layout, model.context_len, model.config
-        self.roles = field_roles(self.layout, self.config.model.heads)   # what becomes of each field: predicted, ruled, carried, given
+        self.missing = tuple(getattr(model, "missing_heads", ()))        # heads that an old checkpoint had no weights for
+        self.roles = _roles(model, self.missing)                         # what becomes of each field: predicted, ruled, carried, given
         self._state: WorldState | None = None
 
     @property
@@ -139,6 +146,9 @@ def step(self: World,
     if self.memory == "state": prediction, memory = self.model.step(encoded, told[:, 0], memory)
     else: prediction = self.model(window, told)
     prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, width)
+    if self.missing:
+        still = certain(head_targets(encoded, encoded, self.layout, self.config.model.heads, False))   # what says that nothing changes
+        prediction |= {name: still[name] for name in self.missing}
     frame = next_frame(last, prediction, controls, encoded.stage, self.layout, self.config.model.heads, self.config.model.integrate_positions, clock, self.sample, self.generator)
     new = encode(frame, encoded.stage, self.layout)
     window = Frames(*(torch.cat([old[:, 1:], one[:, None]], 1) for old, one in zip(window, new)))
@@ -150,6 +160,6 @@ def run(self: World,
     controls: Tensor,          # (B, frames, 2, 13); one frame more where the encoding looks ahead
 ) -> dict[str, Tensor]:        # each (B, frames, 2)
     "Step through given controllers and return all frames."
-    ahead = self.layout.encoding.lookahead
+    controls, ahead = controls.to(self.device), self.layout.encoding.lookahead
     frames = [self.step(controls[:, i], controls[:, i + 1] if ahead else None) for i in range(controls.shape[1] - ahead)]
     return {name: torch.stack([frame[name] for frame in frames], 1) for name in frames[0]}

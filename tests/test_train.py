@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(games, tmp_path, 
 def test_an_old_checkpoint_without_a_head_loads_with_a_warning(straight, tmp_path):
     path = straight[0] / "checkpoints" / "final.safetensors"
     tensors, description = read_tensors(path)
-    write_tensors(tmp_path / "old.safetensors", {n: t for n, t in tensors.items() if "l_cancel" not in n}, description)
+    write_tensors(tmp_path / "old.safetensors", {n: t for n, t in tensors.items() if "heads.l_cancel" not in n}, description)
     with pytest.warns(UserWarning, match="l_cancel"): model = load_model(tmp_path / "old.safetensors")
     assert model.missing_heads == ["l_cancel"]
     write_tensors(tmp_path / "worse.safetensors", {n: t for n, t in tensors.items() if "trunk.0.weight" not in n}, description)
@@ -225,10 +225,10 @@ def test_the_mirror_is_explicit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["mlp", "mamba2"])
 def test_the_toy_game(toy, tmp_path, arch):
-    "One game learnt by heart: 20 epochs on a CPU, measured in evaluation mode over all training windows."
+    "One game learnt by heart on a CPU, measured in evaluation mode over all training windows."
     with zipfile.ZipFile(toy / "Raw" / "single_game.zip") as archive: archive.extractall(tmp_path / "raw")
     build([tmp_path / "raw"], tmp_path / "data", progress=False)
-    config = load_config("toy", [f"model.arch={arch}"] if arch == "mamba2" else [])
+    config = load_config("toy", ["model.arch=mamba2", "training.epochs=8"] if arch == "mamba2" else [])   # it needs fewer, and each takes five times as long
     game, _ = load(tmp_path / "data", layout_of(config.encoding), progress=False)
     outcome = train(config, game, None, tmp_path / "checkpoints", progress=False)
     measured = {n.rpartition("/")[2]: v for n, v in outcome.train_eval.items() if n.startswith("train_eval_metric/")}

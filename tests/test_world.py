@@ -6,6 +6,7 @@ from torch import nn
 from melee_wm.config import experiment_names, load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import columns_of, encode
+from melee_wm.fields import HEADS
 from melee_wm.mamba2 import build_model
 from melee_wm.practice import practice_match
 from melee_wm.world import World, replayed_controls, seed_windows
@@ -56,8 +57,10 @@ def test_no_predicted_field_is_frozen(name, game):
     frozen = set(world.roles["predicted"] + world.roles["ruled"]) - moving
     assert not frozen, f"{name}: {sorted(frozen)} never change in a rollout"
     carried = [n for n in world.roles["carried"] if n in dream]
+    alive = (dream["action_state"] > 12).all(1)   # the rules reset even carried fields when a fighter dies
+    assert alive.any()
     for n in carried:
-        assert (dream[n] == dream[n][:, :1]).all(), f"{n} is said to be carried"
+        assert ((dream[n] == dream[n][:, :1]).all(1) | ~alive).all(), f"{n} is said to be carried"
     if "stocks" in dream:
         assert 0 <= dream["stocks"].min() and dream["stocks"].max() <= 4
     assert 0 <= dream["percent"].min() and dream["percent"].max() <= 999
@@ -124,6 +127,19 @@ def test_carried_memory_is_the_whole_history(game):
             whole = model(frames.map(lambda t: t[:, :world.context_len + i]), given[:, i].flatten(1)[:, None])
             for name in whole:
                 torch.testing.assert_close(said[i][0][name], whole[name], atol=1e-4, rtol=1e-4)
+
+
+def test_untaught_heads_are_not_listened_to(game):
+    model, starts = Restless(small("exp-1a-state-age-embed")), np.arange(100, 600, 20)
+    model.missing_heads = ["l_cancel", "velocity", "dynamics"]
+    world = World(model)
+    dream = seeded(world, game, starts).run(pads(world, game, starts, 20))
+    alive = (dream["action_state"] > 12).all(1)
+    for head in model.missing_heads:
+        for field in HEADS[head].fields:
+            assert field in world.roles["carried"] + world.roles["ruled"] and field not in world.roles["predicted"]
+            if field not in ("stocks", "hitlag"):   # rules take the one and count down the other
+                assert (((dream[field] - dream[field][:, :1]).abs() < 1e-4).all(1) | ~alive).all(), field
 
 
 def test_controls_matter_where_they_should(game):

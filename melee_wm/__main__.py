@@ -1,0 +1,4 @@
+from melee_wm.cli import main
+
+if __name__ == "__main__":
+    main()
