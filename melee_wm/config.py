@@ -156,18 +156,19 @@ def _merge(base: dict, over: dict) -> dict:
     return {**base, **{k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
 
 def _find(name: str | Path, beside: Path | None = None) -> Path:
-    for path in [Path(name), (beside or Path.cwd())/f"{name}.yaml", EXPERIMENTS/f"{name}.yaml"]:
+    beside = beside or Path.cwd()
+    for path in [beside/name, beside/f"{name}.yaml", EXPERIMENTS/f"{name}.yaml"]:
         if path.suffix in (".yaml", ".yml") and path.is_file(): return path
     near = difflib.get_close_matches(str(name), experiment_names(), 1, 0.4)
     raise UserError("no such experiment", name, expected="a YAML file or one of " + ", ".join(experiment_names()), do=f"did you mean {near[0]}?" if near else None)
 
 def _read(path: Path, seen: tuple = ()) -> dict:
-    if path in seen: raise UserError("experiments that are each other's base", " -> ".join(p.name for p in (*seen, path)))
+    if path.resolve() in seen: raise UserError("experiments that are each other's base", " -> ".join(p.name for p in (*seen, path.resolve())))
     try: values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise UserError("not readable as YAML", path, got=" ".join(str(error).split())) from error
     if not isinstance(values, dict): raise UserError("not an experiment", path, expected="a mapping of sections", got=type(values).__name__)
     base = values.pop("base", None)
-    return _merge(_read(_find(base, path.parent), (*seen, path)), values) if base else values
+    return _merge(_read(_find(base, path.parent), (*seen, path.resolve())), values) if base else values
 
 def load_config(
     name: str | Path,               # an experiment shipped with the package, or the path of a YAML

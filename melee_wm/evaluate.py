@@ -231,7 +231,7 @@ def evaluate(
         games=len(kept), frames=sum(len(g) for _, g in kept), refused=dict(refused), synthetic=sorted({g.info["synthetic"] for _, g in kept if g.info.get("synthetic")}),
         roles=world.roles, parameters=sum(p.numel() for p in model.parameters()),
         teacher_forced=teacher_forced(model, kept, world.device, batch_size, windows, progress),
-        rollout=dict(starts=int(scores.counts[:, 0].sum()), stride=evaluation.stride, horizons=list(range(1, evaluation.horizon + 1)), skipped_starts=skipped, missing=scores.missing,
+        rollout=dict(starts=int(scores.counts[:, 0].sum()), stride=evaluation.stride, horizons=list(range(1, evaluation.horizon + 1)), skipped_starts=skipped, max_starts=evaluation.max_starts, missing=scores.missing,
             all=report(scores, 0, picks), calm=report(scores, 1, picks)),
         coherence_300=dict(starts=int(drawn.counts[:, 0].sum()), seed=42, **report(drawn, 0, picks)["means"]["position_mae"]),
         violations_per_1000=None, events=None))
@@ -270,22 +270,38 @@ def _rollout_lines(rollout: dict) -> list[str]:
         lines.append(f"  {'model is':34s}" + " | ".join(cells((v.get(f"k{k}") or {}).get("verdict", "-") for k in KS) for v in verdicts))
     return lines
 
+# %% ../nbs/47_evaluate.ipynb #0030
+def _one_step_lines(t: dict) -> list[str]:
+    "Teacher-forced figures beside doing nothing, accuracy by category, and the actions most often wrong."
+    nothing = t["doing_nothing"]
+    rows = (("action accuracy", "action_acc", nothing["action_acc_hold"], "hold"), ("  where the action changes", "action_change_acc", 0., "hold"), ("position error (game units)", "position_mae", nothing["position_mae_constant_velocity"], "constant velocity"),
+        ("percent error (points)", "damage_mae", nothing["damage_mae_hold"], "hold"), ("velocity error (units/frame)", "velocity_mae", None, ""))
+    return [f"{'ONE STEP, from true frames':36s}{'model':>9s}  doing nothing", *(f"  {title:34s}{_number(t[key], 4):>9s}  {_number(base, 4):>8s} {how}".rstrip() for title, key, base, how in rows),
+        f"  {'loss':34s}{_number(t['loss']['total'], 4):>9s}", "  action accuracy by category: " + ", ".join(f"{name.replace('_', ' ')} {_number(v)}" for name, v in t["per_category"].items()),
+        "  most often wrong: " + ", ".join(f"{a['name']} ({a['errors']:,} of {a['frames']:,})" for a in t["worst_actions"] or [])]
+
+def _field_lines(rollout: dict) -> list[str]:
+    "Every other field some frames ahead, beside its last value."
+    ahead = [h for h in (1, 5, 10, 20) if h in rollout["horizons"]]
+    lines = [f"{'FIELD BY FIELD, so many frames ahead':36s}" + "".join(f"{f'h={h}':>18s}" for h in ahead) + "   (model | hold)"]
+    for name, f in rollout["all"]["fields"].items():
+        cells = "".join(f"{_number(f['model'][h - 1]) + ' | ' + _number(f['hold'][h - 1]):>18s}" for h in ahead)
+        lines.append(f"  {name + (', accuracy' if f['score'] == 'accuracy' else ', error'):34s}{cells}")
+    return lines
+
 def scorecard(result: dict) -> str:
     "An evaluation as a page of plain text."
-    r, t = result["rollout"], result["teacher_forced"]; nothing = t["doing_nothing"]
+    r = result["rollout"]
+    thinned = f", thinned to {r['max_starts']:,}" if r["starts"] == r["max_starts"] else ""
     lines = [f"SCORECARD of {result['name']} ({result['parameters']:,} parameters, config {result['config_hash']})",
         f"on {result['games']} games of split '{result['split']}', {result['frames']:,} frames (data {result['data_fingerprint']})" + (f": SYNTHETIC, {'; '.join(result['synthetic'])}" if result["synthetic"] else ""),
-        f"{r['starts']:,} starts, every {r['stride']}th frame, {r['calm']['starts']:,} of them calm" + (f"; {r['skipped_starts']} starts skipped for lack of context" if r["skipped_starts"] else ""), "", *_rollout_lines(r), ""]
+        f"{r['starts']:,} starts, every {r['stride']}th frame{thinned}, {r['calm']['starts']:,} of them calm" + (f"; {r['skipped_starts']} starts skipped for lack of context" if r["skipped_starts"] else ""), "", *_rollout_lines(r), ""]
     lines += [f"  missing: {who.replace('_', ' ')} ({why})" for who, why in r["missing"].items()]
     lines += [f"  refused: {n} games, {why}" for why, n in result["refused"].items()]
-    lines += ["ONE STEP, from true frames" + " "*10 + f"{'model':>9s}  doing nothing",
-        *(f"  {title:34s}{_number(t.get(key), 4):>9s}  {_number(base, 4):>8s} {how}" for title, key, base, how in (
-            ("action accuracy", "action_acc", nothing["action_acc_hold"], "hold"), ("  where the action changes", "action_change_acc", 0., "hold"), ("position error (game units)", "position_mae", nothing["position_mae_constant_velocity"], "constant velocity"),
-            ("percent error (points)", "damage_mae", nothing["damage_mae_hold"], "hold"), ("velocity error (units/frame)", "velocity_mae", None, ""), ("loss", "loss", None, "")) if key != "loss"),
-        f"  {'loss':34s}{_number(t['loss']['total'], 4):>9s}", "", *verdict_sentences(result)]
+    lines += [*_one_step_lines(result["teacher_forced"]), "", *_field_lines(r), "", *verdict_sentences(result)]
     return "\n".join(lines)
 
-# %% ../nbs/47_evaluate.ipynb #0031
+# %% ../nbs/47_evaluate.ipynb #0033
 def plot_scorecard(result: dict):
     "Figure: model and baselines by horizon, all starts (solid) and calm ones (dashed)."
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.8))

@@ -1,16 +1,25 @@
 """The program as a terminal runs it: numbers of the contract, one line for each mistake, exit codes."""
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from melee_wm.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def melee_wm(*words, **options):
-    return subprocess.run([sys.executable, "-m", "melee_wm", *map(str, words)], capture_output=True, text=True, cwd=ROOT, **options)
+def melee_wm(*words):
+    "The program, in this process: its exit code and what it printed."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main([str(w) for w in words])
+    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def described(name, *options):
@@ -52,7 +61,7 @@ def test_describe_counts_floats_ints_and_heads():
     (["data", "build", "no-such-file.slp", "--output", "never-made"], "no-such-file.slp"),
     (["data", "info", "no-such-folder"], "no-such-folder"),
     (["rollout", "no-such-run", "--output", "x.mp4"], "x.mp4"),
-    (["practice"], "OUT"),
+    (["practice"], "Missing argument"),
     (["dmeo"], "dmeo"),
     (["demo", "--replays", "no-such-folder"], "no-such-folder"),
 ])
@@ -96,6 +105,11 @@ def test_every_command_has_an_example():
         assert command in text
         if command != "data":
             assert "Example:" in melee_wm(command, "--help").stdout
+
+
+def test_a_process_of_its_own_answers_alike():
+    done = subprocess.run([sys.executable, "-m", "melee_wm", "describe", "toyy"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
 
 
 def test_doctor_runs():
