@@ -48,6 +48,9 @@ def write_json(path, value, indent: int | None = 2):
     with atomic_write(path) as temporary: temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 # %% ../nbs/00_core.ipynb #0017
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # GNU and LLVM OpenMP: waiting threads sleep instead of spinning
+
+# %% ../nbs/00_core.ipynb #0019
 def project_root() -> Path:
     "The folder that holds `settings.ini`: the first one upward from the working directory, else the one beside the package."
     for folder in [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()]:
@@ -67,7 +70,7 @@ def setting(key: str, default: str | None = None) -> str:
     if default is not None: return default
     raise UserError("missing setting", project_root()/"settings.ini", expected=f"a line `{key} = ...`", do="add it")
 
-# %% ../nbs/00_core.ipynb #0020
+# %% ../nbs/00_core.ipynb #0022
 def replays_dir() -> Path | None:
     "The folder of real replays, or None where there is none."
     folder = Path(os.environ.get("MELEE_WM_REPLAYS") or project_root()/setting("replays", "../shared/replays"))
