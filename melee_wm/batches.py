@@ -7,6 +7,7 @@ __all__ = ['Games', 'pack', 'from_games', 'load', 'split', 'Batch', 'window_star
            'batches']
 
 # %% ../nbs/24_batches.ipynb #0002
+from .core import UserError
 import hashlib
 from dataclasses import dataclass, replace
 from typing import Iterable, Iterator, NamedTuple
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from .core import UserError
 from .frame import Game
 from .parsed import fingerprint, load_games, read_meta
 from .encoding import EncodingRefused, Frames, Layout, controls_of, encode_game, next_controls, source_columns, take

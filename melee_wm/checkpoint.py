@@ -8,6 +8,7 @@ __all__ = ['MANIFEST_KEYS', 'write_tensors', 'read_tensors', 'describe_checkpoin
            'load_training_state', 'now', 'read_manifest', 'update_manifest', 'code_version', 'machine', 'versions']
 
 # %% ../nbs/50_checkpoint.ipynb #0002
+from .core import UserError, atomic_write, project_root, setting, write_json
 import json, platform, subprocess, sys, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from .core import UserError, atomic_write, project_root, setting, write_json
 from .config import Config, config_hash, flatten, make_config, to_dict
 from .encoding import dims
 from .mamba2 import build_model, load_weights

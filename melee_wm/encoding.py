@@ -7,13 +7,13 @@ __all__ = ['Layout', 'layout_of', 'dims', 'Frames', 'take', 'EncodingRefused', '
            'encode', 'decode', 'encode_game', 'controls_of', 'next_controls', 'preflight']
 
 # %% ../nbs/22_encoding.ipynb #0002
+from .core import UserError
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from .core import UserError
 from .melee import BUTTON_BITS, surface_of
 from .frame import COLUMNS, FIRST_FRAME, Game
 from .fields import BUTTONS, BY_NAME, CONTROLS, STAGE, Field, fields_of, has_stage

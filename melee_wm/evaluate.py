@@ -8,6 +8,7 @@ __all__ = ['KS', 'MEASURES', 'choose_starts', 'random_starts', 'Chunk', 'chunks'
            'plot_scorecard']
 
 # %% ../nbs/47_evaluate.ipynb #0002
+from .core import UserError
 import math
 from collections import ChainMap, defaultdict
 from typing import Iterator, NamedTuple
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from .core import UserError
 from .frame import Game
 from .parsed import fingerprint
 from .config import EvaluationConfig, config_hash

@@ -7,6 +7,7 @@ __all__ = ['ROLLOUT_FRAMES', 'Chosen', 'read_holdout', 'provenance', 'choose_gam
            'run_status', 'choose_device', 'quiet_start', 'measure_run', 'run_experiment']
 
 # %% ../nbs/54_experiment.ipynb #0002
+from .core import UserError, project_root, setting, write_json
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from .core import UserError, project_root, setting, write_json
 from .frame import Game
 from .parsed import fingerprint, load_games, read_game, read_meta
 from .config import Config, config_hash, load_config, make_config, to_dict

@@ -7,6 +7,7 @@ __all__ = ['RECORDED', 'SCHEMA', 'VELOCITY', 'Rollout', 'replay_columns', 'rollo
            'read_rollout', 'draw_rollout']
 
 # %% ../nbs/46_export.ipynb #0002
+from .core import UserError, write_json
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from .core import UserError, write_json
 from .melee import BUTTON_BITS, ground_of
 from .frame import COLUMNS, FIRST_FRAME, PRE, Game
 from .slp import draw_match, write_slp

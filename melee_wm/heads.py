@@ -6,10 +6,10 @@
 __all__ = ['Prediction', 'random_frames', 'FrameEncoder', 'head_widths', 'Heads', 'check_inputs']
 
 # %% ../nbs/30_heads.ipynb #0002
+from .core import UserError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import UserError
 from .fields import BY_NAME, HEAD_GROUPS, HEADS
 from .encoding import Frames, Layout
 

@@ -6,9 +6,9 @@
 __all__ = ['HUBER_BEND', 'last_frames', 'float_loss', 'head_loss', 'loss']
 
 # %% ../nbs/41_losses.ipynb #0002
+from .fields import HEADS
 import torch.nn.functional as F
 from torch import Tensor
-from .fields import HEADS
 from .config import Config
 from .encoding import Frames, Layout, take
 from .batches import Batch

@@ -7,12 +7,12 @@ __all__ = ['State', 'ARCHITECTURES', 'init_rates', 'BlockState', 'Mamba2Block', 
            'parameter_count', 'load_weights']
 
 # %% ../nbs/33_mamba2.ipynb #0002
+from .core import UserError
 import math, warnings
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import UserError
 from .config import Config, Mamba2Config
 from .encoding import Frames, layout_of
 from .heads import FrameEncoder, Heads, Prediction, check_inputs

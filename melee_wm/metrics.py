@@ -6,10 +6,10 @@
 __all__ = ['Sums', 'NAMES', 'Known', 'compose', 'field_errors', 'batch_metrics', 'worst_actions', 'summarise']
 
 # %% ../nbs/42_metrics.ipynb #0002
+from .fields import HEADS
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .fields import HEADS
 from .config import Config
 from .melee import ACTIONS, ACTION_VOCAB, CATEGORIES, CATEGORY_OF
 from .encoding import Layout, controls_of, decode

@@ -6,9 +6,9 @@
 __all__ = ['FrameStackMLP']
 
 # %% ../nbs/31_mlp.ipynb #0002
+from .config import Config
 import torch
 from torch import Tensor, nn
-from .config import Config
 from .encoding import Frames, layout_of
 from .heads import FrameEncoder, Heads, Prediction, check_inputs
 

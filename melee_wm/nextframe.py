@@ -8,11 +8,11 @@ __all__ = ['Columns', 'LEAST_DAMAGE', 'LAST_DEAD', 'REBIRTH', 'TOP_KNOCKBACK', '
            'next_age', 'dying', 'referee', 'next_frame', 'head_targets', 'certain', 'field_roles']
 
 # %% ../nbs/40_nextframe.ipynb #0002
+from .fields import BY_NAME, CONTROLS, HEAD_GROUPS, HEADS, STAGE
 from functools import cache
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .fields import BY_NAME, CONTROLS, HEAD_GROUPS, HEADS, STAGE
 from .melee import ACTION_VOCAB, STAGES
 from .encoding import Frames, Layout
 

@@ -6,6 +6,7 @@
 __all__ = ['ssd_step', 'ssd_sequential', 'segment_sums', 'entering_states', 'ssd_chunked']
 
 # %% ../nbs/32_ssd.ipynb #0002
+import melee_wm.core
 import torch
 import torch.nn.functional as F
 from torch import Tensor

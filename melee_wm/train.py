@@ -7,6 +7,7 @@ __all__ = ['progress_of', 'rate_factor', 'add_up', 'means', 'measure', 'is_bette
            'Outcome', 'resumed_position', 'train_epoch', 'train']
 
 # %% ../nbs/53_train.ipynb #0002
+from .core import UserError
 import json, math, signal, threading, time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from .core import UserError
 from .config import Config, TrainingConfig, diff, make_config, to_dict
 from .encoding import preflight
 from .batches import Games, batch_count, batches, gather, window_starts
@@ -206,7 +206,7 @@ def train(
     p, ended = resumed_position(state.values, config, fingerprint, folder) if state else Position(), None
     torch.manual_seed(t.seed)
     model = build_model(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=t.lr, weight_decay=t.weight_decay, fused=True)   # one pass over the weights: 5 to 15 times faster
     train_games, val_games = train_games.to(device), val_games and val_games.to(device)
     per_epoch = batch_count(train_games, model.context_len, t.batch_size)
     if not per_epoch: raise UserError("nothing to train on", "training games", expected=f"a game of more than {model.context_len} frames", got="none")

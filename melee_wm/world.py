@@ -6,12 +6,12 @@
 __all__ = ['seed_windows', 'replayed_controls', 'seed_clock', 'WorldState', 'World']
 
 # %% ../nbs/43_world.ipynb #0002
+from .core import UserError
 from typing import Any, NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import UserError
 from .fields import CONTROLS, HEADS
 from .encoding import Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
