@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'JsonFlag', 'PRACTICE_GAMES', 'main', 'practice', 'data_build', 'data_info', 'experiments',
-           'description', 'describe', 'run_notebook', 'train', 'eval_', 'rollout', 'demo', 'diagnosis', 'doctor']
+           'description', 'describe', 'train', 'eval_', 'rollout', 'demo', 'diagnosis', 'doctor']
 
 # %% ../nbs/90_cli.ipynb #0002
 import importlib.metadata, json, os, platform, shutil, sys
@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 from typer import Argument, Option
 from .core import UserError, project_root, setting, write_json
-from .config import Config, config_hash, experiment_names, load_config, to_dict
+from .config import Config, config_hash, experiment_names, load_config
 
 # %% ../nbs/90_cli.ipynb #0007
 app = typer.Typer(help="A structured-state world model of Super Smash Bros. Melee: replays in, a playable model out.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -105,17 +105,6 @@ def _overrides(epochs=None, minutes=None, batch_size=None, max_games=None, set_=
     short = {"training.epochs": epochs, "training.minutes": minutes, "training.batch_size": batch_size, "data.max_games": max_games}
     return [f"{k}={v}" for k, v in short.items() if v is not None] + list(set_ or ())
 
-def run_notebook(config: Config, data: Path, run_dir: Path, device: str = "auto", tracking: str = "off", resume: bool = False) -> int:
-    "Execute the run notebook for this experiment and return its exit code. What is wrong with the request is said before anything starts."
-    from melee_wm.experiment import choose_device, refuse_used_name
-    from melee_wm.parsed import read_meta
-    from melee_wm.report import execute_run
-    if tracking not in ("off", "offline", "online"): raise UserError("bad --tracking", tracking, expected="off, offline or online")
-    notebook = project_root()/"nbs"/"runs"/"train.ipynb"
-    if not notebook.is_file(): raise UserError("the run notebook is not here", notebook, do="run melee-wm inside a clone of the project")
-    choose_device(device), read_meta(data), refuse_used_name(run_dir, resume)
-    return execute_run(notebook, run_dir, dict(experiment=to_dict(config), data=data.resolve(), run_dir=run_dir.resolve(), device=device, tracking=tracking, resume=resume))
-
 @app.command()
 def train(
     experiment: Annotated[str, Argument(metavar="NAME|YAML", help="an experiment's name or YAML file")],
@@ -131,8 +120,10 @@ def train(
     resume: Annotated[Optional[str], Option(metavar="RUN", help="go on with this run from its latest checkpoint")] = None):
     "Train a world model and leave runs/NAME/. Example: melee-wm train toy --data data --epochs 5"
     from melee_wm.experiment import run_folder
+    from melee_wm.report import train_run
+    if tracking not in ("off", "offline", "online"): raise UserError("bad --tracking", tracking, expected="off, offline or online")
     config = load_config(experiment, _overrides(epochs, minutes, batch_size, max_games, set_))
-    raise typer.Exit(run_notebook(config, data, run_folder(resume or run_name or config.name), device, tracking, bool(resume)))
+    raise typer.Exit(train_run(config, data, run_folder(resume or run_name or config.name), device, tracking, bool(resume)))
 
 # %% ../nbs/90_cli.ipynb #0017
 def _selected(folder: Path, split: str, games: Path | None, manifest: dict) -> list[str]:
@@ -204,6 +195,7 @@ def demo(
     "The whole road: replays or practice matches to a trained, measured, watchable model. Example: melee-wm demo --minutes 2"
     from melee_wm.build import build, summary
     from melee_wm.practice import write_practice
+    from melee_wm.report import train_run
     run_dir = out or _free_name(project_root()/setting("runs")/"demo")
     if run_dir.exists() and any(run_dir.iterdir()): raise UserError("the run's folder is not empty", run_dir, do="choose another --out")
     if replays and not replays.exists(): raise UserError("no such file or folder", replays, expected="replays: .slp, .slp.gz, .zip, .7z, or a folder of them")
@@ -214,7 +206,7 @@ def demo(
     if not replays: write_practice(source, games=PRACTICE_GAMES, seed=0)
     print(summary(build([source], data, workers=workers)))
     print(f"\n2. Training {config.training.minutes:g} minutes, then evaluation on games not trained on (the run notebook, executed):")
-    code = run_notebook(config, data, run_dir)
+    code = train_run(config, data, run_dir)
     if code == 0: _finish_demo(run_dir)
     raise typer.Exit(code)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from .frame import Game
+from .frame import FIRST_FRAME, Game
 from .parsed import fingerprint, load_games, read_game, read_meta
 from .config import Config, config_hash, load_config, make_config, to_dict
 from .encoding import layout_of
@@ -52,7 +52,9 @@ def provenance(records: list[dict]) -> str | None:
 
 def choose_games(config: Config, data, progress: bool = True) -> Chosen:
     "Load a parsed dataset in an experiment's encoding and split it by game. Raises `UserError` where no game is left."
-    games, refused = load(data, layout_of(config.encoding), max_games=config.data.max_games, exclude=read_holdout(config), progress=progress)
+    held = set(read_holdout(config))
+    never = [r["slp_md5"] for r in read_meta(data) if held & {r["slp_md5"], *r.get("aliases", ())}]   # the same game saved again has another MD5
+    games, refused = load(data, layout_of(config.encoding), max_games=config.data.max_games, exclude=never, progress=progress)
     train_md5s, val_md5s = split(games.md5s, config.data.split)
     used = set(games.md5s)
     return Chosen(games.select(train_md5s), games.select(val_md5s) if val_md5s else None, refused, provenance([r for r in read_meta(data) if r["slp_md5"] in used]))
@@ -111,7 +113,8 @@ def measure_run(run_dir, data, md5s: list[str], split_name: str, device: str = "
     records = {r["slp_md5"]: r for r in read_meta(data)}
     md5 = max(md5s, key=lambda m: (records[m].get("frames") or 0, m))
     game = read_game(data, md5)
-    dream = rollout(World(model, device=device), game, *quiet_start(game, model.context_len), seed_game=md5)
+    row, frames = quiet_start(game, model.context_len)
+    dream = rollout(World(model, device=device), game, row + FIRST_FRAME, frames, seed_game=md5)
     for name in ("rollout.json", "rollout.slp"): write_rollout(dream, run_dir/name)
     return result
 

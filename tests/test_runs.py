@@ -133,7 +133,7 @@ def test_kill_9_of_the_command_ends_its_kernel_and_the_run_resumes(dataset, fini
     process.kill()
     process.wait()
     wait_for(lambda: not alive(kernels[0]), 10)
-    assert run_status(run_dir) == "interrupted"
+    wait_for(lambda: run_status(run_dir) == "interrupted", 10)
     resumed = command(long, dataset, run_dir, resume=True)
     _, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
