@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from melee_wm import batches as B
 from melee_wm import fields
-from melee_wm.config import EncodingConfig, experiment_names, load_config
+from melee_wm.config import EncodingConfig, load_config
 from melee_wm.core import UserError
-from melee_wm.encoding import (EncodingRefused, Frames, check_encodable, columns_of, controls_of, decode, dims, encode, encode_game,
+from melee_wm.encoding import (EncodingRefused, check_encodable, columns_of, controls_of, decode, dims, encode, encode_game,
                                layout_of, next_controls, preflight, source_columns, take)
 from melee_wm.fields import BUTTONS, BY_NAME, CONTROLS, FIELDS, LEVELS, Field, fields_of
 from melee_wm.frame import COLUMNS, Game

@@ -14,7 +14,7 @@ import pytest
 
 from melee_wm.build import build
 from melee_wm.checkpoint import MANIFEST_KEYS, read_manifest, read_tensors
-from melee_wm.config import load_config, to_dict
+from melee_wm.config import load_config
 from melee_wm.core import UserError
 from melee_wm.experiment import run_status
 from melee_wm.practice import write_practice

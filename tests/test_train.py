@@ -1,5 +1,4 @@
 """Training to destruction: interrupted anywhere, resumed, the same bits; stopped when it goes nowhere; the toy game learnt by heart."""
-import json
 import math
 import os
 import signal
@@ -15,7 +14,7 @@ import torch
 
 from melee_wm.batches import load
 from melee_wm.build import build
-from melee_wm.checkpoint import load_model, load_training_state, read_tensors, save_checkpoint, write_tensors
+from melee_wm.checkpoint import load_model, load_training_state, read_tensors, write_tensors
 from melee_wm.config import load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import layout_of
