@@ -180,7 +180,7 @@ def rollout(
     print(f"{frames} frames dreamt on from frame {start} in {output}")
 
 # %% ../nbs/90_cli.ipynb #0019
-PRACTICE_GAMES = 16
+PRACTICE_GAMES = 32
 
 def _free_name(folder: Path) -> Path:
     "The folder itself, or the first of `folder-2`, `folder-3`, ... that does not exist."

@@ -23,6 +23,7 @@ from .config import EvaluationConfig, config_hash
 from .encoding import EncodingRefused, Layout, check_encodable, columns_of
 from .batches import from_games, gather, window_starts
 from .losses import loss
+from .nextframe import Clock
 from .metrics import batch_metrics, summarise
 from .world import World, replayed_controls, seed_clock, seed_windows
 from .baselines import baseline_scores, calm_starts, field_score, future, is_number, mean_to, position_error, regular_starts
@@ -178,6 +179,8 @@ def teacher_forced(
     data = from_games(games, layout).to(device)
     windows = window_starts(data, K)
     if max_windows and len(windows) > max_windows: windows = windows[torch.linspace(0, len(windows) - 1, max_windows, device=device).round().long()]
+    past = {"action_state": np.concatenate([game["action_state"] for _, game in games]).astype(np.int64)}   # to know how long the dead are dead
+    ports, offsets = np.array([game.ports for _, game in games]), data.offsets.cpu().numpy()
     sums, losses = defaultdict(lambda: (0, 0)), defaultdict(float)
     with torch.inference_mode():
         for rows in tqdm(windows.split(batch_size), desc="one step", unit="batch", disable=not progress, mininterval=1):
@@ -185,7 +188,10 @@ def teacher_forced(
             prediction = model(batch.frames, batch.controls)
             total, parts = loss(prediction, batch, config, layout)
             for name, value in {"total": total, **parts}.items(): losses[name] += float(value)*len(rows)/len(windows)
-            for name, (s, n) in batch_metrics(prediction, batch, config, layout, actions=True).items(): sums[name] = (sums[name][0] + s, sums[name][1] + n)
+            last = rows.cpu().numpy() + K - 1
+            game = np.searchsorted(offsets, last, side="right") - 1
+            clock = Clock(*(t.to(device).unsqueeze(1) for t in seed_clock(past, last, ports[game], offsets[game])))   # each (B, 1, 2)
+            for name, (s, n) in batch_metrics(prediction, batch, config, layout, actions=True, clock=clock).items(): sums[name] = (sums[name][0] + s, sums[name][1] + n)
     return {**summarise(sums), "loss": dict(losses), "windows": len(windows), "doing_nothing": _one_step_baselines(games, K)}
 
 def _one_step_baselines(games: list[tuple[str, Game]], context_len: int) -> dict:

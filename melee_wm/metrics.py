@@ -15,7 +15,7 @@ from .melee import ACTIONS, ACTION_VOCAB, CATEGORIES, CATEGORY_OF
 from .encoding import Layout, controls_of, decode
 from .batches import Batch
 from .losses import last_frames
-from .nextframe import next_frame
+from .nextframe import Clock, next_frame
 
 # %% ../nbs/42_metrics.ipynb #0009
 Sums = dict[str, tuple[Tensor, Tensor | int]]   # metric -> (sum, count); add them over batches
@@ -26,10 +26,10 @@ class Known(NamedTuple):
     said: dict[str, Tensor]   # the frame that a rollout would make of the prediction
     true: dict[str, Tensor]   # what came
 
-def compose(prediction: dict[str, Tensor], batch: Batch, config: Config, layout: Layout) -> Known:
-    "The frames that the predictions of a batch become, beside the true ones."
+def compose(prediction: dict[str, Tensor], batch: Batch, config: Config, layout: Layout, clock: Clock | None = None) -> Known:
+    "The frames that the predictions of a batch become, beside the true ones. A `clock`, each (B, T', 2), knows how long a fighter has been dead."
     last = decode(last_frames(batch), layout)
-    said = next_frame(last, prediction, controls_of(batch.target, layout), batch.target.stage, layout, config.model.heads, config.model.integrate_positions)
+    said = next_frame(last, prediction, controls_of(batch.target, layout), batch.target.stage, layout, config.model.heads, config.model.integrate_positions, clock)
     return Known(last, said, decode(batch.target, layout))
 
 def field_errors(known: Known, fields: tuple[str, ...]) -> tuple[Tensor, int]:
@@ -44,9 +44,10 @@ def batch_metrics(
     config: Config,
     layout: Layout,
     actions: bool = False,           # also "actions": (right, frames) per true action id, each (400,)
+    clock: Clock | None = None,      # what is known of the past before the context, each (B, T', 2)
 ) -> Sums:
     "Sums and counts of every metric this model has on a batch; zero-dimensional tensors on the batch's device."
-    known = compose(prediction, batch, config, layout)
+    known = compose(prediction, batch, config, layout, clock)
     was, said, true = (frame["action_state"] for frame in known)                       # (B, T', 2)
     right, changed = said == true, true != was
     sums = {"action_acc": (right.sum(), right.numel()), "action_change_acc": ((right & changed).sum(), changed.sum()),
