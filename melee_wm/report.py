@@ -61,7 +61,7 @@ def _kernel_manager(sockets: str, started: list) -> type:
             super().__init__(**options | private, kernel_spec_manager=_ThisPython())
             started.append(self)
         async def start_kernel(self, **options):
-            options["env"] = {"OMP_WAIT_POLICY": "PASSIVE"} | {**(options.get("env") or os.environ)} | {PARENT: str(os.getpid())}
+            options["env"] = {**(options.get("env") or os.environ), PARENT: str(os.getpid())}
             await super().start_kernel(**options)
     return Kernel
 

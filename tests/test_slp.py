@@ -241,6 +241,20 @@ def test_slippi_js_reads_a_practice_match(practice_slp):
     assert "synthetic" in js["metadata"]["melee_wm"]
 
 
+def test_slippi_js_reads_a_rollout(practice_slp, tmp_path):
+    "A dreamt match is a replay like any other: peppi-py and slippi-js read the same frames, positions, actions, stocks and inputs."
+    from melee_wm.config import load_config
+    from melee_wm.export import rollout, to_game, write_rollout
+    from melee_wm.mamba2 import build_model
+    dream = rollout(build_model(load_config("toy")), read_slp(practice_slp), start=0, frames=120, seed_game="practice")
+    path = write_rollout(dream, tmp_path / "dream.slp")
+    again, dreamt = read_slp(path), to_game(dream)
+    for name in ("x", "y", "action_state", "stocks", "percent", "main_x", "buttons"):
+        assert np.array_equal(again[name], dreamt[name]), name
+    js = equals_slippi_js(again, path)
+    assert "synthetic" in js["metadata"]["melee_wm"].lower()
+
+
 def test_slippi_js_reads_a_sparse_game(tmp_path):
     "Two positions and nothing else: the neutral values are a valid replay to others."
     game = random_game(3, 200, ["character", "percent"], 10, (1, 3))
