@@ -244,15 +244,16 @@ def show_curves(run_dir):
     batches, epochs = read_metrics(run_dir, "batch"), read_metrics(run_dir, "epoch")
     if not (batches or epochs): return _page('<p class="note">The run logged nothing: it ended before its first log line.</p>')
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.7))
-    panels = (("loss", {"loss/total": "total"}), ("accuracy", {"metric/action_acc": "action", "metric/action_change_acc": "action changes"}), ("position error (game units)", {"metric/position_mae": "position"}))
+    panels = (("loss", {"loss/total": "total"}), ("accuracy", {"metric/action_acc": "action", "metric/action_change_acc": "action changes"}), ("position error (game units)", {"metric/position_mae": "one step", "metric/rollout_position_mae": "dreaming 20 frames"}))
     for ax, (label, names) in zip(axes, panels):
         for (name, what), color in zip(names.items(), ("tab:blue", "tab:orange")):
             ax.plot(*_points(batches, name), color=color, lw=1, alpha=.35)
             validated = _points(epochs, f"val_{name}")
             ax.plot(*(validated if validated[0] else _points(epochs, name)), color=color, marker=".", label=what if len(names) > 1 else None)
         ax.set(xlabel="epoch", ylabel=label, xlim=(0, None))
-        if label == "accuracy": ax.legend(fontsize=7, loc="lower right"); ax.set_ylim(0, 1)
+        if label == "accuracy": ax.set_ylim(0, 1)
         else: ax.set_yscale("log")
+        if len(names) > 1: ax.legend(fontsize=7)
     validated = any("val_loss/total" in e for e in epochs)
     fig.suptitle("thin: training batches, with dropout · dots: " + ("validation games, after each epoch" if validated else "training, epoch means (no validation games)"), fontsize=8); fig.tight_layout()
     plt.show()

@@ -73,7 +73,7 @@ def test_report_opens_in_a_browser(synthetic):
         pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth)")
         browser.close()
     assert not problems
-    assert "synthetic" in text.lower() and "constant velocity" in text.lower()
+    assert "synthetic" in text.lower() and "keep the speed" in text.lower()
     assert len(pictures) >= 3 and all(pictures)
 
 
