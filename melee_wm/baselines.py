@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAST_DEAD_ACTION', 'regular_starts', 'future', 'velocity', 'hold', 'persistence', 'constant_velocity',
-           'position_error', 'is_number', 'mean_to', 'field_score', 'calm_starts', 'baseline_scores', 'heldout_games']
+           'position_error', 'is_number', 'mean_to', 'field_score', 'calm_starts', 'projectile_starts', 'flying_on',
+           'baseline_scores', 'heldout_games']
 
 # %% ../nbs/44_baselines.ipynb #0002
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import py7zr
 from .core import UserError, replays_dir
+from .melee import STAGES, projectile_of
 from .frame import Game
 from .slp import read_slp
 from .fields import BY_NAME
@@ -86,6 +88,31 @@ def calm_starts(game, starts: np.ndarray, horizon: int = 20) -> np.ndarray:
     return (stocks == stocks[:, :1]).all((1, 2)) & (action > LAST_DEAD_ACTION).all((1, 2))
 
 # %% ../nbs/44_baselines.ipynb #0025
+def projectile_starts(game: Game, starts: np.ndarray, horizon: int = 20) -> np.ndarray:
+    "Which starts see a projectile, (S,) bool: in `t .. t+horizon` a fighter's item is in the world by itself. None does where items and owners are not recorded."
+    if game.items is None or "owner" not in game.items: return np.zeros(len(starts), bool)
+    there = (projectile_of(game.items["type"], game.items["state"]) > 0) & np.isin(game.items["owner"], game.ports)
+    frames = np.bincount(game.items["frame"][there], minlength=len(game)) > 0
+    before = np.r_[0, frames.cumsum()]                                    # (frames + 1,) frames with a projectile before each row
+    return before[starts + horizon + 1] > before[starts]
+
+# %% ../nbs/44_baselines.ipynb #0028
+def flying_on(
+    columns: dict[str, np.ndarray],   # (frames, 2) game units, with item slots
+    starts: np.ndarray,               # (S,) rows
+    stage: np.ndarray,                # (S,) Slippi stage id
+    horizon: int = 20,
+) -> dict[str, np.ndarray]:           # type, x and y of every slot, each (S, horizon, 2)
+    "Items that keep their speed and are gone behind the blast lines, as if nobody shot again."
+    zone = np.array([STAGES[s].blast_zone if s in STAGES else (-np.inf, np.inf, np.inf, -np.inf) for s in stage.tolist()])[:, :, None, None]   # (S, 4, 1, 1)
+    steps, result = np.arange(1, horizon + 1)[:, None], {}
+    for slot in [n.removesuffix("_type") for n in columns if n.startswith("item") and n.endswith("_type")]:
+        x, y = (columns[f"{slot}_{n}"][starts][:, None] + steps*columns[f"{slot}_speed_{n}"][starts][:, None] for n in ("x", "y"))   # (S, horizon, 2)
+        there = (x >= zone[:, 0]) & (x <= zone[:, 1]) & (y >= zone[:, 3])
+        result |= {f"{slot}_type": np.where(there, columns[f"{slot}_type"][starts][:, None], 0), f"{slot}_x": x, f"{slot}_y": y}
+    return result
+
+# %% ../nbs/44_baselines.ipynb #0031
 def baseline_scores(
     game,                        # a `Game`, or any mapping of game-unit columns
     starts: np.ndarray,          # (S,) rows
@@ -102,7 +129,7 @@ def baseline_scores(
         scores[name, "hold"] = field_score(name, hold(game, name, starts, horizon), future(game[name], starts, horizon))
     return scores, missing
 
-# %% ../nbs/44_baselines.ipynb #0028
+# %% ../nbs/44_baselines.ipynb #0034
 def heldout_games(folder: Path | None = None) -> list[tuple[str, Game]]:
     "(md5, game) of the held-out games that `heldout.txt` in the folder of real replays names; empty where there are no real replays."
     folder = folder or replays_dir()

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from .core import UserError
-from .fields import HEAD_GROUPS, HEADS, LEVELS, fields_of
+from .fields import DEFAULT_GROUPS, HEAD_GROUPS, HEADS, LEVELS, MAX_PROJECTILES, fields_of
 
 # %% ../nbs/21_config.ipynb #0005
 class _Strict(BaseModel):
@@ -27,6 +27,7 @@ class EncodingConfig(_Strict):
     state_age_as_embed: bool = False      # experiment 1a: state_age as a learned embedding of its first 150 frames
     press_events: bool = False            # experiment 2a: 16 rising edges of the buttons, appended to the next controls
     lookahead: Literal[0, 1] = 0          # experiment 3a: also the controls of the frame after the predicted one
+    projectiles: int = Field(0, ge=0, le=MAX_PROJECTILES)   # item slots per player
 
     @model_validator(mode="after")
     def _sensible(self):
@@ -39,7 +40,7 @@ HeadGroup = Literal[tuple(HEAD_GROUPS)]
 
 class _Model(_Strict):
     context_len: int = Field(10, ge=1, le=4096)    # K, frames of context
-    heads: tuple[HeadGroup, ...] = tuple(HEAD_GROUPS)
+    heads: tuple[HeadGroup, ...] = DEFAULT_GROUPS  # `projectiles` goes with encoding.projectiles
     dropout: float = Field(0.1, ge=0, lt=1)
     integrate_positions: bool = True               # where the velocity head exists; see `nextframe`
 
@@ -72,9 +73,11 @@ class DataConfig(_Strict):
     max_games: int | None = Field(None, ge=1)      # the first so many by MD5, after the held-out ones are gone
     split: float = Field(0.9, gt=0, lt=1)          # share of games for training; split by game, never by frame
     holdout: str | None = None                     # file of MD5s, one a line, that are never trained on
+    buffer_size: int | None = Field(None, ge=1)    # games in memory together, streamed from a parsed dataset; None: all
 
 LossWeights = type("LossWeights", (_Strict,), {"__doc__": "The weight of each head's loss.", "__annotations__": {name: float for name in HEADS},
-    **dict(continuous=1.0, velocity=0.5, dynamics=0.5, binary=0.5, action=2.0, jumps=0.5, l_cancel=0.3, hurtbox=0.3, ground=0.3, last_attack=0.3)})
+    **dict(continuous=1.0, velocity=0.5, dynamics=0.5, binary=0.5, action=2.0, jumps=0.5, l_cancel=0.3, hurtbox=0.3, ground=0.3, last_attack=0.3,
+           item_type=1.0, item_state=0.3, item_spawn=1.0, item_motion=1.0)})
 
 class KillConfig(_Strict):
     "When the trainer ends a run that goes nowhere (a loss of NaN always does)."
@@ -104,8 +107,10 @@ class EvaluationConfig(_Strict):
     stride: int = Field(10, ge=1)                  # a rollout starts at every such frame
     horizon: int = Field(20, ge=1)                 # frames predicted from each start
     max_starts: int | None = Field(None, ge=1)     # evenly thinned to so many, for quick looks
+    max_games: int | None = Field(200, ge=1)       # of a run's held-out games, the first so many by MD5: bounds time and memory
     bootstrap: int = Field(1000, ge=1)             # resamples of games for the interval
 
+# %% ../nbs/21_config.ipynb #0011
 class Config(_Strict):
     "One experiment."
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -118,14 +123,16 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _sensible(self):
+        if ("projectiles" in self.model.heads) != (self.encoding.projectiles > 0):
+            raise ValueError(f"heads: projectiles and encoding.projectiles above 0, both or neither: what is seen of items must be predicted; got heads {', '.join(self.model.heads)} and projectiles: {self.encoding.projectiles}")
         seen = {f.name for f in fields_of(self.encoding.fields)}
         for group in self.model.heads:
-            lacking = [n for h in HEAD_GROUPS[group] for n in HEADS[h].fields if n not in seen]
+            lacking = [n for h in HEAD_GROUPS[group] for n in HEADS[h].fields if n not in seen and not HEADS[h].items]
             if lacking: raise ValueError(f"heads: {group} predicts {', '.join(lacking)}, which fields: {self.encoding.fields} does not have")
         if "core" not in self.model.heads: raise ValueError("heads must contain core")
         return self
 
-# %% ../nbs/21_config.ipynb #0011
+# %% ../nbs/21_config.ipynb #0013
 def _known_keys(loc) -> list[str]:
     "The keys that would have been allowed where `loc` (a pydantic error location) points."
     model = Config
@@ -145,7 +152,7 @@ def _user_error(error: ValidationError, where) -> UserError:
     got = None if first["type"] == "value_error" else repr(first["input"])
     return UserError("bad value", f"{where}: {path or 'experiment'}", expected=first["msg"].removeprefix("Value error, "), got=got)
 
-# %% ../nbs/21_config.ipynb #0013
+# %% ../nbs/21_config.ipynb #0015
 EXPERIMENTS = Path(__file__).parent/"experiments" if "__file__" in globals() else Path("../melee_wm/experiments")
 
 def experiment_names() -> list[str]:
@@ -196,7 +203,7 @@ def to_dict(config: Config) -> dict:
     "The whole configuration as plain JSON values; `make_config` reads it back."
     return config.model_dump(mode="json")
 
-# %% ../nbs/21_config.ipynb #0017
+# %% ../nbs/21_config.ipynb #0019
 def flatten(value, prefix: str = "") -> dict:
     "Nested mapping as `{'section.key': value}`."
     if not isinstance(value, dict) or not value: return {prefix: value}
@@ -204,9 +211,12 @@ def flatten(value, prefix: str = "") -> dict:
 
 _NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.log_interval", "training.kill")
 
+_WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
+
 def config_hash(config: Config) -> str:
     "Twelve hex digits over everything that changes results."
-    kept = {k: v for k, v in flatten(to_dict(config)).items() if not k.startswith(_NOT_HASHED)}
+    silent = _NOT_HASHED if config.encoding.projectiles else (*_NOT_HASHED, *_WITHOUT_ITEMS)
+    kept = {k: v for k, v in flatten(to_dict(config)).items() if not k.startswith(silent)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 def diff(a: Config, b: Config) -> dict[str, tuple]:

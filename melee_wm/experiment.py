@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from .frame import FIRST_FRAME, Game
-from .parsed import fingerprint, load_games, read_game, read_meta
+from .parsed import fingerprint
 from .config import Config, config_hash, load_config, make_config, to_dict
 from .encoding import layout_of
-from .batches import Games, load, split
+from .packed import Games
+from .batches import load, split
+from .shards import dataset_games, dataset_records, is_shards, open_shards, read_index
+from .streaming import check_memory, stream, survey
 from .mamba2 import parameter_count
 from .world import World
 from .baselines import calm_starts
@@ -36,6 +39,7 @@ class Chosen(NamedTuple):
     val: Games | None
     refused: dict[str, int]    # games the encoding cannot have, by reason
     synthetic: str | None      # where the data is not from real matches: what it is
+    untrusted: dict[str, str] = {}   # fields of imported data that are not as recorded, and why
 
 def read_holdout(config: Config) -> list[str]:
     "MD5s of the games an experiment must never train on."
@@ -51,15 +55,27 @@ def provenance(records: list[dict]) -> str | None:
     return "; ".join(said) + (f" (beside {real} real games)" if real else "") if said else None
 
 def choose_games(config: Config, data, progress: bool = True) -> Chosen:
-    "Load a parsed dataset in an experiment's encoding and split it by game. Raises `UserError` where no game is left."
-    held = set(read_holdout(config))
-    never = [r["slp_md5"] for r in read_meta(data) if held & {r["slp_md5"], *r.get("aliases", ())}]   # the same game saved again has another MD5
-    games, refused = load(data, layout_of(config.encoding), max_games=config.data.max_games, exclude=never, progress=progress)
-    train_md5s, val_md5s = split(games.md5s, config.data.split)
-    used = set(games.md5s)
-    return Chosen(games.select(train_md5s), games.select(val_md5s) if val_md5s else None, refused, provenance([r for r in read_meta(data) if r["slp_md5"] in used]))
+    "The games of a dataset or of shards in an experiment's encoding, split by game. Raises `UserError` where no game is left, or where they will not fit into memory."
+    held, layout, d, lengths, untrusted = set(read_holdout(config)), layout_of(config.encoding), config.data, None, {}
+    records = dataset_records(data)
+    never = [r["slp_md5"] for r in records if held & {r["slp_md5"], *r.get("aliases", ())}]   # the same game saved again has another MD5
+    if is_shards(data):
+        if d.buffer_size: raise UserError("nothing to stream", data, expected="a parsed dataset for --streaming", got="shards, which take no memory", do="leave --streaming away")
+        games = open_shards(data, layout, d.max_games, never)
+        md5s, refused, untrusted = games.md5s, read_index(data)["refused"], read_index(data).get("untrusted", {})
+    elif d.buffer_size:
+        lengths, refused = survey(data, layout, d.max_games, never, progress)
+        md5s = lengths
+    else:
+        check_memory([r for r in records if r["slp_md5"] not in never][:d.max_games], layout, data)
+        games, refused = load(data, layout, max_games=d.max_games, exclude=never, progress=progress)
+        md5s = games.md5s
+    def side(some): return None if not some else games.select(some) if lengths is None else stream(data, layout, {m: lengths[m] for m in some}, d.buffer_size)
+    train_md5s, val_md5s = split(md5s, d.split)
+    used = set(md5s)
+    return Chosen(side(train_md5s), side(val_md5s), refused, provenance([r for r in records if r["slp_md5"] in used]), untrusted)
 
-# %% ../nbs/54_experiment.ipynb #0010
+# %% ../nbs/54_experiment.ipynb #0011
 def run_folder(name: str) -> Path:
     "The folder of a run, below the `runs` setting."
     return project_root()/setting("runs")/name
@@ -86,7 +102,7 @@ def run_status(run_dir) -> str | None:
         with run_lock(run_dir): return "interrupted"
     except UserError: return "running"
 
-# %% ../nbs/54_experiment.ipynb #0012
+# %% ../nbs/54_experiment.ipynb #0013
 def choose_device(name: str = "auto") -> str:
     "cpu, cuda or mps; `auto` takes the first accelerator there is. Raises `UserError` for one that is not there."
     have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -94,7 +110,7 @@ def choose_device(name: str = "auto") -> str:
     if not have.get(name): raise UserError("no such device here", name, expected="auto, " + ", ".join(n for n, there in have.items() if there))
     return name
 
-# %% ../nbs/54_experiment.ipynb #0014
+# %% ../nbs/54_experiment.ipynb #0015
 ROLLOUT_FRAMES = 600   # ten seconds
 
 def quiet_start(game: Game, context_len: int, frames: int = ROLLOUT_FRAMES) -> tuple[int, int]:
@@ -108,17 +124,18 @@ def quiet_start(game: Game, context_len: int, frames: int = ROLLOUT_FRAMES) -> t
 def measure_run(run_dir, data, md5s: list[str], split_name: str, device: str = "cpu", progress: bool = True) -> dict:
     "Evaluate a run's best checkpoint on some games, and leave scorecard.json, rollout.json and rollout.slp in its folder."
     run_dir, model = Path(run_dir), load_model(run_dir, device)
-    result = evaluate(model, list(load_games(data, md5s)), split=split_name, device=device, progress=progress)
+    some = sorted(md5s)[:model.config.evaluation.max_games]
+    result = evaluate(model, list(dataset_games(data, some)), split=split_name, device=device, progress=progress)
     write_json(run_dir/"scorecard.json", result)
-    records = {r["slp_md5"]: r for r in read_meta(data)}
-    md5 = max(md5s, key=lambda m: (records[m].get("frames") or 0, m))
-    game = read_game(data, md5)
+    records = {r["slp_md5"]: r for r in dataset_records(data)}
+    md5 = max(some, key=lambda m: (records[m].get("frames") or 0, m))
+    _, game = next(dataset_games(data, [md5]))
     row, frames = quiet_start(game, model.context_len)
     dream = rollout(World(model, device=device), game, row + FIRST_FRAME, frames, seed_game=md5)
     for name in ("rollout.json", "rollout.slp"): write_rollout(dream, run_dir/name)
     return result
 
-# %% ../nbs/54_experiment.ipynb #0016
+# %% ../nbs/54_experiment.ipynb #0017
 def _say(*words, progress: bool = True):
     if progress: print(*words, file=sys.stderr, flush=True)
 
@@ -126,10 +143,11 @@ def _train_and_measure(config: Config, data, run_dir: Path, device: str, trackin
     chosen = choose_games(config, data, progress)
     val_md5s = list(chosen.val.md5s) if chosen.val else []
     md5s = sorted([*chosen.train.md5s, *val_md5s])
-    frames = {"train": len(chosen.train.frames.stage), "val": len(chosen.val.frames.stage) if chosen.val else 0}
-    update_manifest(run_dir, data_fingerprint=fingerprint(md5s), game_md5s=md5s, train_md5s=list(chosen.train.md5s), val_md5s=val_md5s, games_refused=chosen.refused, frames=frames, synthetic=chosen.synthetic)
+    frames = {"train": chosen.train.frames, "val": chosen.val.frames if chosen.val else 0}
+    update_manifest(run_dir, data_fingerprint=fingerprint(md5s), game_md5s=md5s, train_md5s=list(chosen.train.md5s), val_md5s=val_md5s, games_refused=chosen.refused, frames=frames, synthetic=chosen.synthetic, untrusted=chosen.untrusted)
     _say(f"{config.name}: {len(chosen.train)} games to train on ({frames['train']:,} frames), {len(val_md5s)} to validate ({frames['val']:,})" + "".join(f"; refused {n} x {why}" for why, n in chosen.refused.items()), progress=progress)
     if chosen.synthetic: _say(f"the data is SYNTHETIC: {chosen.synthetic}", progress=progress)
+    for name, why in chosen.untrusted.items(): _say(f"not to be trusted in this data: {name}: {why}", progress=progress)
     if not val_md5s: _say("one game only: there is no validation; the figures below are of the game that was trained on", progress=progress)
     state = run_dir/"checkpoints"/"latest.trainer.safetensors"
     resume = resume and state.is_file()
@@ -151,10 +169,10 @@ def _train_and_measure(config: Config, data, run_dir: Path, device: str, trackin
     finally: tracker.close(code)
     return outcome
 
-# %% ../nbs/54_experiment.ipynb #0017
+# %% ../nbs/54_experiment.ipynb #0018
 def run_experiment(
     config: Config,
-    data,                        # a parsed dataset
+    data,                        # a parsed dataset, or shards
     run_dir,                     # the run's folder, see `run_folder`
     device: str = "auto",        # auto, cpu, cuda, mps
     tracking: str = "off",       # wandb: off, offline, online

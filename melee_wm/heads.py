@@ -10,7 +10,7 @@ from .core import UserError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .fields import BY_NAME, HEAD_GROUPS, HEADS
+from .fields import BY_NAME, DEFAULT_GROUPS, HEAD_GROUPS, HEADS
 from .encoding import Frames, Layout
 
 # %% ../nbs/30_heads.ipynb #0005
@@ -31,41 +31,46 @@ class FrameEncoder(nn.Module):
     def __init__(self, layout: Layout):
         super().__init__()
         self.layout = layout
-        names = layout.int_fields + ("stage",)*layout.has_stage
-        self.embeddings = nn.ModuleDict({n: nn.Embedding(BY_NAME[n].vocab, BY_NAME[n].dim) for n in names})
+        rows = [BY_NAME[n] for n in layout.int_fields + ("stage",)*layout.has_stage]
+        self.families = [row.family for row in rows]
+        self.embeddings = nn.ModuleDict({row.family: nn.Embedding(row.vocab, row.dim) for row in rows})
 
     def forward(self, frames: Frames) -> Tensor:   # (..., D) with D = layout.frame
         ids = frames.ints.long().unbind(-1)                                            # one (..., 2) per field
-        parts = [frames.floats, *(self.embeddings[n](i) for n, i in zip(self.layout.int_fields, ids))]
+        parts = [frames.floats, *(self.embeddings[n](i) for n, i in zip(self.families, ids))]
         players = torch.cat(parts, -1).flatten(-2)                                     # (..., 2 * per_player)
         if not self.layout.has_stage: return players
         return torch.cat([players, self.embeddings["stage"](frames.stage.long())], -1)
 
-# %% ../nbs/30_heads.ipynb #0013
-def head_widths(groups: tuple[str, ...]) -> dict[str, int]:
-    "Outputs of each head of some head groups, both players counted, in the order of `fields.HEADS`."
+# %% ../nbs/30_heads.ipynb #0014
+def head_widths(
+    groups: tuple[str, ...],
+    projectiles: int = 0,      # item slots per player
+) -> dict[str, int]:
+    "Outputs of each head of some head groups, both players and all item slots counted, in the order of `fields.HEADS`."
     chosen = {name for group in groups for name in HEAD_GROUPS[group]}
-    return {name: 2*head.width for name, head in HEADS.items() if name in chosen}
+    return {name: 2*head.width*(projectiles if head.items else 1) for name, head in HEADS.items() if name in chosen}
 
-# %% ../nbs/30_heads.ipynb #0018
-Prediction = dict[str, Tensor]   # head -> (B, T, 2, width): numbers in encoded units, logits for bits and classes
+# %% ../nbs/30_heads.ipynb #0019
+Prediction = dict[str, Tensor]   # head -> (B, T, 2, width), items (B, T, 2, slots, width): numbers in encoded units, logits for bits and classes
 
 class Heads(nn.ModuleDict):
-    "A linear layer per head, by name; evaluated as one matrix product. Heads of numbers start at zero: nothing changes."
+    "A linear layer per head, by name; evaluated as one matrix product. Heads of numbers and of items start at zero: nothing changes."
     def __init__(self,
         width_in: int,               # D, width of the vector that the model's middle ends with
-        groups: tuple[str, ...]):    # names from `fields.HEAD_GROUPS`
-        super().__init__({name: nn.Linear(width_in, width) for name, width in head_widths(groups).items()})
+        groups: tuple[str, ...],     # names from `fields.HEAD_GROUPS`
+        projectiles: int = 0):       # item slots per player
+        super().__init__({name: nn.Linear(width_in, width) for name, width in head_widths(groups, projectiles).items()})
         for name, layer in self.items():
-            if HEADS[name].target in ("delta", "absolute"): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+            if HEADS[name].target in ("delta", "absolute") or HEADS[name].items: nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor) -> Prediction:   # hidden (B, T, D)
         weight = torch.cat([layer.weight for layer in self.values()])
         bias = torch.cat([layer.bias for layer in self.values()])
         parts = F.linear(hidden, weight, bias).split([layer.out_features for layer in self.values()], -1)
-        return {name: part.unflatten(-1, (2, -1)) for name, part in zip(self, parts)}
+        return {name: part.unflatten(-1, (2, -1, HEADS[name].width) if HEADS[name].items else (2, -1)) for name, part in zip(self, parts)}
 
-# %% ../nbs/30_heads.ipynb #0024
+# %% ../nbs/30_heads.ipynb #0025
 def check_inputs(
     frames: Frames,           # (B, T, ...)
     controls: Tensor,         # (B, T', C): a prediction is made for each of the last T' positions

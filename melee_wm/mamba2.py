@@ -108,7 +108,7 @@ class FrameStackMamba2(nn.Module):
         self.layers = nn.ModuleList([Layer(c) for _ in range(c.n_layers)])
         self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
         self.control_proj = nn.Linear(self.layout.control_dim, c.d_model) if self.layout.control_dim else None
-        self.heads = Heads(c.d_model, c.heads)
+        self.heads = Heads(c.d_model, c.heads, self.layout.slots)
 
     def trunk(self,
         frames: Frames,                # (B, T, ...)

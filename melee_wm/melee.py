@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHARACTERS', 'EXTERNAL', 'ACTIONS', 'ACTION_VOCAB', 'ACTION_OF', 'CATEGORIES', 'CATEGORY_OF', 'BUTTON_BITS',
            'STICK_STEP', 'TRIGGER_STEP', 'Point', 'STAGES', 'LIBMELEE_STAGE', 'STAGE_NAMES', 'SURFACE_VOCAB',
-           'NO_GROUND', 'internal_of', 'external_of', 'Stage', 'draw_stage', 'surface_of', 'ground_of',
-           'randall_position']
+           'NO_GROUND', 'ITEMS', 'PROJECTILES', 'internal_of', 'external_of', 'Stage', 'draw_stage', 'surface_of',
+           'ground_of', 'Projectile', 'projectile_of', 'item_of', 'randall_position']
 
 # %% ../nbs/01_melee.ipynb #0002
 from typing import NamedTuple
@@ -199,7 +199,66 @@ def ground_of(stage: int, surface: np.ndarray) -> np.ndarray:
     "Ground id (uint16) of surface classes: the inverse of `surface_of`, but for the Stadium's shared classes, which give their first id."
     return _GROUNDS.get(stage, _GROUNDS[-1])[np.asarray(surface)]
 
-# %% ../nbs/01_melee.ipynb #0028
+# %% ../nbs/01_melee.ipynb #0029
+_FIRST_ITEM, _FIRST_COPY = 0x30, 0x82   # the copies are Kirby's, of what he swallowed
+_ITEMS = _table("""
+    Mario's fireball, Dr. Mario's capsule, Kirby's cutter beam, Kirby's hammer, item 52, item 53, Fox's laser, Falco's laser, Fox's shadow,
+    Falco's shadow, Link's bomb, Young Link's bomb, Link's boomerang, Young Link's boomerang, Link's hookshot, Young Link's hookshot, arrow,
+    fire arrow, PK Fire, PK Flash, PK Flash spark, PK Thunder, PK Thunder tail 1, PK Thunder tail 2, PK Thunder tail 3, PK Thunder tail 4,
+    Fox's blaster, Falco's blaster, Link's bow, Young Link's bow, PK Flash explosion, needle, needles in hand, Pikachu's thunder, Pichu's thunder,
+    Mario's cape, Dr. Mario's cape, Sheik's smoke, Yoshi's egg, Yoshi's tongue, Yoshi's star, Pikachu's jolt in the air,
+    Pikachu's jolt on the ground, Pichu's jolt in the air, Pichu's jolt on the ground, Samus's bomb, charge shot, missile, grapple beam,
+    Sheik's chain, Peach's bomber, turnip, Bowser's flame, Ness's bat, Ness's yo-yo, Peach's parasol, Toad, Luigi's fireball, ice block, blizzard,
+    Din's fire, Din's explosion, Mewtwo's disable, Toad's spores, shadow ball, the climbers' rope, pesticide, manhole, torch, parachute, turtle,
+    sparky, judgement hammer, item 121, sausage, milk, fire fighters""")
+_COPIES = _table("""
+    Mario's fireball, Dr. Mario's capsule, Luigi's fireball, ice block, Toad, Toad's spores, Fox's laser, Falco's laser, Fox's blaster,
+    Falco's blaster, arrow, fire arrow, Link's bow, Young Link's bow, shadow ball, PK Flash, PK Flash explosion, Pikachu's jolt in the air,
+    Pikachu's jolt on the ground, Pichu's jolt in the air, Pichu's jolt on the ground, charge shot, needle, needles in hand, Bowser's flame,
+    sausage, item 156, Yoshi's tongue""")
+ITEMS: dict[int, str] = {6: "Bob-omb", 7: "Mr. Saturn", 12: "beam sword", 0xD2: "Shy Guy", **{_FIRST_ITEM + i: name for i, name in _ITEMS.items()},
+    **{_FIRST_COPY + i: f"Kirby's copy of {name}" for i, name in _COPIES.items()}}
+
+# %% ../nbs/01_melee.ipynb #0032
+class Projectile(NamedTuple):
+    "A kind of item that is in the world by itself."
+    name: str
+    items: tuple[int, ...]        # Slippi's item types of this kind; the first is the one written to replays
+    spent: tuple[int, ...] = ()   # item states in which nothing more will come of it
+    steady: bool = False          # flies straight on until something deflects it
+
+def _projectile(name: str, items: str, spent: str = "", steady: str = "") -> Projectile:
+    return Projectile(name.strip(), tuple(map(int, items.split())), tuple(map(int, spent.split())), steady.strip() == "steady")
+
+PROJECTILES: tuple[Projectile, ...] = tuple(_projectile(*line.split("|")) for line in """
+    nothing|; Fox's laser|54 136||steady; Falco's laser|55 137||steady; Mario's fireball|48 130; Dr. Mario's capsule|49 131; Luigi's fireball|105 132; cutter beam|50
+    Link's bomb|58 59; boomerang|60 61; arrow|64 65 140 141; PK Fire|66; PK Flash|67 68 78 145 146; PK Thunder|69; needle|79 152|2; thunder|81 82
+    Yoshi's egg|86; Yoshi's star|88; jolt|89 90 91 92 147 148 149 150; Samus's bomb|93|3; charge shot|94 151; missile|95|2 3; turnip|99; flame|100 154
+    ice block|106 133; blizzard|107; Din's fire|108 109; disable|110; Toad's spores|111 135; shadow ball|112 144; sausage|122 155
+    common item|6 7 12; other|""".replace("\n", ";").split(";") if line.strip())
+_WITH_FIGHTER = (51, 52, 53, 56, 57, 62, 63, 70, 71, 72, 73, 74, 75, 76, 77, 80, 83, 84, 85, 87, 96, 97, 98, 101, 102, 103, 104, 113, 114, 115, 116,
+    117, 118, 119, 120, 121, 123, 124, 134, 138, 139, 142, 143, 153, 156, 157)
+
+def _kind_tables() -> tuple[np.ndarray, np.ndarray]:
+    "(65536,) item type -> kind, and (32, 256) whether a kind is spent in a state. Types that nobody has listed are `other`."
+    kinds, spent = np.full(65536, len(PROJECTILES) - 1, np.uint8), np.zeros((len(PROJECTILES), 256), bool)
+    kinds[list(_WITH_FIGHTER)] = 0
+    for kind, p in enumerate(PROJECTILES): kinds[list(p.items)], spent[kind, list(p.spent)] = kind, True
+    return kinds, spent
+
+_KINDS, _SPENT = _kind_tables()
+_ITEM_OF = np.array([p.items[0] if p.items else 0 for p in PROJECTILES], np.uint16)
+
+def projectile_of(item: np.ndarray, state: np.ndarray) -> np.ndarray:
+    "Kind (uint8), an index into `PROJECTILES`, of item types in their states: 0 for what is spent, held or no projectile at all."
+    kind = _KINDS[np.asarray(item)]
+    return np.where(_SPENT[kind, np.asarray(state)], 0, kind).astype(np.uint8)
+
+def item_of(kind: np.ndarray) -> np.ndarray:
+    "Slippi's item type (uint16) of kinds: the first of each row; for `other`, whose type is not known, 0, the capsule."
+    return _ITEM_OF[np.asarray(kind)]
+
+# %% ../nbs/01_melee.ipynb #0035
 _RANDALL_CYCLE, _RANDALL_WIDTH = 1200, 11.9   # frames, game units (libmelee, stages.randall_position)
 _RANDALL_CORNERS = """416 -33.184478759765625 89.75263977050781 -33.04470443725586 90.07878112792969 -32.904930114746094 90.40492248535156
     -32.76515197753906 90.73107147216797 -32.49260711669922 90.92455291748047 -32.16635513305664 91.06437683105469 -31.840103149414062

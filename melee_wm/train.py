@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from .config import Config, TrainingConfig, diff, make_config, to_dict
-from .encoding import controls_of, decode, preflight, take
-from .batches import Games, batch_count, batches, gather, window_starts
+from .encoding import controls_of, decode, preflight
+from .packed import Games
+from .batches import batch_count, batches, epoch_starts, gather, window_count, window_starts
 from .mamba2 import build_model
 from .losses import loss
 from .metrics import batch_metrics, summarise
@@ -64,11 +65,11 @@ def measure(
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:  # None where it was stopped
     "Losses and metrics over every window of some games, in evaluation mode."
-    was_training, sums, starts = model.training, {}, window_starts(games, model.context_len)
+    was_training, sums, device = model.training, {}, next(model.parameters()).device
     model.eval()
-    for rows in starts.split(batch_size):
+    for rows in epoch_starts(games, model.context_len, batch_size, shuffle=False):
         if stopped(): return model.train(was_training) and None
-        batch = gather(games, rows, model.context_len)
+        batch = gather(games, rows, model.context_len).to(device)
         prediction = model(batch.frames, batch.controls)
         add_up(sums, *loss(prediction, batch, model.config, model.layout), len(rows), batch_metrics(prediction, batch, model.config, model.layout))
     model.train(was_training)
@@ -84,10 +85,10 @@ def measure_rollout(
 ) -> dict[str, float]:
     "Mean position error (game units) over the first `horizon` frames of free-running rollouts; {} where no game is long enough."
     was_training, K, layout = model.training, model.context_len, model.layout
-    rows = window_starts(games, K + horizon - 1)
-    if not len(rows): return {}
-    rows = rows[torch.linspace(0, len(rows) - 1, min(starts, len(rows)), device=rows.device).round().long()]
-    frames = take(games.frames, rows[:, None] + torch.arange(K + horizon + layout.encoding.lookahead, device=rows.device))   # (B, K + horizon + lookahead)
+    count = window_count(games, K + horizon - 1)
+    if not count: return {}
+    rows = window_starts(games, K + horizon - 1, torch.linspace(0, count - 1, min(starts, count), dtype=torch.float64).round().long())
+    frames = games.at(rows, K + horizon + layout.encoding.lookahead)   # (B, K + horizon + lookahead)
     true, world = decode(frames, layout), World(model)
     world.reset({n: v[:, :K] for n, v in true.items()}, frames.stage[:, 0])
     dream = world.run(controls_of(frames, layout)[:, K:])
@@ -187,7 +188,7 @@ def train_epoch(
     stopped: Callable[[], bool],
 ) -> tuple[Position, str | None]:       # and why it ended early: "time", "stopped", or a reason to kill the run
     "Train to the end of an epoch, or to whatever comes first."
-    t, K, layout, last = config.training, model.context_len, model.layout, time.perf_counter()
+    t, K, layout, last, device = config.training, model.context_len, model.layout, time.perf_counter(), next(model.parameters()).device
     per_epoch = batch_count(games, K, t.batch_size)
     model.train()
     for batch in batches(games, K, t.batch_size, t.seed, p.epoch, p.batch):
@@ -195,6 +196,7 @@ def train_epoch(
         if t.minutes and p.seconds >= 60*t.minutes: return p, "time"
         progress = progress_of(p.step + .5, per_epoch*t.epochs, p.seconds, t.minutes)
         for group in optimizer.param_groups: group["lr"] = t.lr*rate_factor(progress, t.warmup)
+        batch = batch.to(device)
         prediction = model(batch.frames, batch.controls)
         total, heads = loss(prediction, batch, config, layout)
         optimizer.zero_grad(); total.backward()

@@ -145,7 +145,7 @@ def step(self: World,
     told, encoded = self._told(controls, next_controls), take(window, (slice(None), -1))
     if self.memory == "state": prediction, memory = self.model.step(encoded, told[:, 0], memory)
     else: prediction = self.model(window, told)
-    prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, width)
+    prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, ...)
     if self.missing:
         still = certain(head_targets(encoded, encoded, self.layout, self.config.model.heads, False))   # what says that nothing changes
         prediction |= {name: still[name] for name in self.missing}

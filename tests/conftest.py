@@ -38,3 +38,7 @@ def practice_slp(tmp_path_factory) -> Path:
     "One synthetic practice match as a .slp file."
     from melee_wm.practice import write_practice
     return write_practice(tmp_path_factory.mktemp("practice"), games=1, seed=0)[0]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, default=40, help="how many damaged replays tests/test_fuzz.py makes (in full: 1000)")

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from melee_wm import batches as B
 from melee_wm import fields
 from melee_wm.config import EncodingConfig, load_config
 from melee_wm.core import UserError
@@ -20,6 +19,8 @@ from melee_wm.fields import BUTTONS, BY_NAME, CONTROLS, FIELDS, LEVELS, Field, f
 from melee_wm.frame import COLUMNS, Game
 from melee_wm.melee import STAGES, ground_of, surface_of
 from melee_wm.slp import ReplayError, read_slp
+
+from made_up import made_up_game, without
 
 
 def every_encoding():
@@ -33,21 +34,6 @@ def every_encoding():
 
 ENCODINGS = list(every_encoding())
 FULL = EncodingConfig()
-
-
-def made_up_game(seed: int, frames: int = 40) -> Game:
-    "Random values over the whole range of every column, so that no corner of a vocabulary goes unseen."
-    rng, stage = np.random.default_rng(seed), int(np.random.default_rng(seed).choice(list(STAGES)))
-    columns = {}
-    for name, column in COLUMNS.items():
-        vocab = BY_NAME[name].vocab if name in BY_NAME and BY_NAME[name].kind == "category" else 0
-        low, high = max(column.low, -1e6), min(column.high, 1e6, vocab - 1 if vocab else np.inf)
-        kind = np.dtype(column.dtype).kind
-        values = rng.uniform(low, high, (frames, 2)) if kind == "f" else rng.integers(low, high + 1, (frames, 2))
-        columns[name] = values.astype(column.dtype)
-    columns["ground"] = ground_of(stage, rng.integers(0, 3, (frames, 2)).astype(np.uint8))
-    columns["state_age"] = rng.uniform(-3, 200, (frames, 2)).astype(np.float32)
-    return Game(stage, columns)
 
 
 def assert_round_trip(game: Game, layout):
@@ -164,10 +150,6 @@ def test_encode_carries_gradients_also_after_inference_mode():
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
-
-def without(game, *names):
-    return replace(game, columns={k: v for k, v in game.columns.items() if k not in names}, version=(1, 2, 3))
-
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_missing_column_is_refused_exactly_where_it_is_read(level):
@@ -290,101 +272,3 @@ def test_preflight():
         preflight(frames._replace(floats=frames.floats*float("nan")), controls, layout, 10)
     with pytest.raises(UserError, match="action_state"):
         preflight(frames._replace(ints=frames.ints + 400), controls, layout, 10)
-
-
-# ---- batches -------------------------------------------------------------------------------------------------------
-
-def packed(layout, lengths=(40, 7, 61, 12)):
-    return B.from_games([(f"{i:032x}", made_up_game(i, n)) for i, n in enumerate(lengths)], layout)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
-@pytest.mark.parametrize("positions", [1, 4, 10])
-def test_windows_against_a_loop(encoding, positions):
-    layout, K, lengths = layout_of(encoding), 10, (40, 7, 61, 12)
-    games = packed(layout, lengths)
-    expected = [(g, t) for g, n in enumerate(lengths) for t in range(max(0, n - K - encoding.lookahead))]
-    starts = B.window_starts(games, K)
-    assert starts.tolist() == [int(games.offsets[g]) + t for g, t in expected]
-    batch = B.gather(games, starts, K, positions)
-    preflight(batch.frames, batch.controls, layout, K)
-    for row, (g, t) in enumerate(expected):
-        game = games.game(g)
-        first = t + K + 1 - positions
-        for got, whole in zip(batch.frames, game):
-            assert torch.equal(got[row], whole[t:t + K].to(got.dtype))
-        for got, whole in zip(batch.target, game):
-            assert torch.equal(got[row], whole[first:t + K + 1].to(got.dtype))
-        told = next_controls(controls_of(game, layout)[first:t + K + 1 + encoding.lookahead], layout, controls_of(game, layout)[first - 1])
-        assert torch.equal(batch.controls[row], told)
-
-
-def test_an_epoch_has_every_window_once_and_resumes():
-    games = packed(layout_of(FULL))
-    run = lambda **more: list(B.batches(games, 10, 8, seed=5, epoch=2, **more))
-    whole, starts = run(), B.window_starts(games, 10)
-    assert len(whole) == B.batch_count(games, 10, 8) and sum(len(b.controls) for b in whole) == len(starts)
-    for position in (0, 1, len(whole) - 1, len(whole)):
-        rest = run(position=position)
-        assert len(rest) == len(whole) - position
-        assert all(torch.equal(a.frames.floats, b.frames.floats) for a, b in zip(whole[position:], rest))
-    orders = [tuple(B.epoch_order(starts, seed, epoch).tolist()) for seed in range(3) for epoch in range(3)]
-    assert len(set(orders)) == 9 and all(sorted(o) == starts.tolist() for o in orders)
-
-
-def test_stored_small_and_exact():
-    layout = layout_of(EncodingConfig(state_age_as_embed=True))
-    games = packed(layout)
-    assert (games.frames.floats.dtype, games.frames.ints.dtype, games.frames.stage.dtype) == (torch.float32, torch.int16, torch.int16)
-    assert games.bytes == int(games.offsets[-1])*(2*layout.floats_per_player*4 + 2*layout.ints_per_player*2 + 2)
-    kept = games.select([games.md5s[2], games.md5s[0]])
-    assert kept.md5s == (games.md5s[0], games.md5s[2]) and torch.equal(kept.game(1).floats, games.game(2).floats)
-
-
-@given(st.lists(st.integers(0, 10**9), unique=True, max_size=60), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
-@settings(max_examples=100, deadline=None)
-def test_split(numbers, share, random):
-    md5s = [f"{n:032x}" for n in numbers]
-    train, val = B.split(md5s, share)
-    assert sorted(train + val) == sorted(md5s)
-    assert (len(md5s) < 2 and not val) or (train and val)
-    random.shuffle(md5s)
-    assert B.split(md5s, share) == (train, val)
-
-
-def test_split_is_stable_under_growth():
-    md5s = [f"{n:032x}" for n in range(3000)]
-    sides = [set(B.split(md5s[:n], .9)[1]) for n in (300, 1000, 3000)]
-    assert sides[0] <= sides[1] <= sides[2] and abs(len(sides[2])/3000 - .1) < .02
-
-
-def test_refusals_are_counted_and_nothing_left_is_an_error():
-    layout = layout_of(FULL)
-    mixed = [("a", made_up_game(0)), ("b", without(made_up_game(1), "hitlag")), ("c", without(made_up_game(2), "hitlag"))]
-    counts = {}
-    assert B.from_games(mixed, layout, counts).md5s == ("a",) and counts == {"missing column hitlag": 2}
-    with pytest.raises(EncodingRefused):
-        B.from_games(mixed, layout)
-    with pytest.raises(UserError, match="2 x missing column hitlag"):
-        B.from_games(mixed[1:], layout, {})
-    with pytest.raises(UserError, match="long enough"):
-        next(B.batches(packed(layout), 100, 8))
-
-
-def test_load_a_dataset(tmp_path):
-    from melee_wm.build import build
-    from melee_wm.parsed import fingerprint
-    from melee_wm.practice import write_practice
-    paths = write_practice(tmp_path/"slp", games=3, seed=7)
-    build(paths, tmp_path/"parsed", progress=False)
-    layout = layout_of(EncodingConfig(state_age_as_embed=True))
-    games, refused = B.load(tmp_path/"parsed", layout, progress=False)
-    assert refused == {} and len(games) == 3 and list(games.md5s) == sorted(games.md5s)
-    assert games.fingerprint == fingerprint(games.md5s)
-    assert B.load(tmp_path/"parsed", layout, max_games=2, progress=False)[0].md5s == games.md5s[:2]
-    assert B.load(tmp_path/"parsed", layout, exclude=games.md5s[:1], max_games=1, progress=False)[0].md5s == games.md5s[1:2]
-    assert B.load(tmp_path/"parsed", layout, md5s=[games.md5s[2], "absent"], progress=False)[0].md5s == games.md5s[2:]
-    by_length = {len(read_slp(p)): encode_game(read_slp(p), layout) for p in paths}
-    for i, length in enumerate(games.lengths.tolist()):   # the parsed dataset changes nothing
-        for got, direct in zip(games.game(i), by_length[length]):
-            assert torch.equal(got, direct.to(got.dtype))

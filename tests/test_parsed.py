@@ -1,5 +1,6 @@
 """The parsed dataset: exactness, slippi-ai's layout, and builds under every kind of bad luck."""
-import csv, gzip, hashlib, io, json, os, random, shutil, signal, subprocess, sys, time, zipfile, zlib
+import csv, gzip, hashlib, io, json, os, random, re, shutil, signal, subprocess, sys, time, zipfile, zlib
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import py7zr
@@ -8,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from melee_wm import build as build_module, core
-from melee_wm.build import build, find_files, info, replays_in, summary
+from melee_wm.build import build, draw_info, find_files, info, replays_in, summary
 from melee_wm.core import UserError
 from melee_wm.frame import COLUMNS, ITEM_COLUMNS, STAGE_EVENTS, Game
-from melee_wm.parsed import (SLIPPI_AI, content_hash, fingerprint, item_slots, load_games, parse_replay, read_game, read_meta, to_struct, write_game)
+from melee_wm.parsed import (SLIPPI_AI, Filter, content_hash, fingerprint, item_slots, load_games, named_filter, parse_replay, ranks_in, read_game, read_meta,
+    record_of, to_struct, write_game)
 from melee_wm.slp import read_slp, write_slp
+from melee_wm.slpz import slp_to_slpz
 
 TOY = "6827921534249607dafa57e9a67f8df4"
 
@@ -29,7 +32,7 @@ def digest(folder: Path) -> dict:
 
 
 def accounted(result: dict) -> int:
-    return result["games_added"] + result["games_skipped"] + result["duplicates"] + sum(result["refused"].values()) + len(result["quarantined"])
+    return result["games_added"] + result["games_skipped"] + result["duplicates"] + sum(result["refused"].values()) + sum(result["filtered"].values()) + len(result["quarantined"])
 
 
 def leaves(array: pa.StructArray, path: str = ""):
@@ -60,6 +63,8 @@ def heap(tmp_path, matches) -> Path:
     (heap/"deep/er").mkdir(parents=True)
     (heap/"one.slp").write_bytes(matches[0])
     (heap/"deep/er/TWO.SLP.GZ").write_bytes(gzip.compress(matches[1], 1))
+    (heap/"deep/er/two.slpz").write_bytes(slp_to_slpz(matches[1]))
+    (heap/"cut.slpz").write_bytes(slp_to_slpz(matches[7])[:9000])
     (heap/"deep/page.slp").write_text("<html>404</html>")
     (heap/"deep/._one.slp").write_bytes(b"left by macOS")
     (heap/"deep/notes.txt").write_text("not a replay")
@@ -81,7 +86,7 @@ def heap(tmp_path, matches) -> Path:
     return heap
 
 
-EXPECTED = dict(found=16, games_added=6, games_skipped=0, duplicates=2, refused={"too_short": 1})
+EXPECTED = dict(found=18, games_added=6, games_skipped=0, duplicates=3, refused={"too_short": 1}, filtered={})
 
 
 # --- one game ---------------------------------------------------------------------------------------------
@@ -133,6 +138,8 @@ def test_real_games_survive_to_the_bit(replays, tmp_path):
         assert bits(read_game(tmp_path/"game")) == bits(game), path.name
         part = read_game(tmp_path/"game", columns=("percent", "hitlag"))
         assert set(part.columns) == {"x", "percent", "hitlag"} & set(game.columns) and (part["percent"] == game["percent"]).all()
+        assert part.items is None and part.info == game.info and part.characters == game.characters
+        assert bits(read_game(tmp_path/"game", columns=iter(("percent",)), items=True)) == bits(replace(game, columns={n: game.columns[n] for n in game.columns if n in ("x", "percent")}, stage_events=None))
 
 
 def values(dtype: str, shape, rng) -> np.ndarray:
@@ -178,6 +185,36 @@ def test_item_slots_match_a_frame_by_frame_stack():
         assert item_slots(np.array(frames), np.array(ids)).tolist() == expected
 
 
+def test_games_of_the_first_format_are_read(tmp_path):
+    "Format 1 stored the sticks as they are and the second seed in full."
+    seeds = np.random.default_rng(1).integers(0, 2**32, (1600, 2), dtype=np.uint32)
+    game = wander(0)
+    game.columns.update(random_seed=seeds, main_x=np.full((1600, 2), 0.3, "float32"))
+    stored = replace(game, columns=game.columns | {"random_seed": np.stack([seeds[:, 0], seeds[:, 0] ^ seeds[:, 1]], 1)})
+    about = dict(format=1, stage=31, ports=game.ports, characters=game.characters, version=game.version, columns=list(game.columns), info={})
+    schema = pa.schema([pa.field("root", to_struct(stored).type)], metadata={"melee_wm": json.dumps(about)})
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="NONE", store_schema=False) as writer:
+        writer.write_table(pa.table([to_struct(stored)], schema)); writer.add_key_value_metadata({"melee_wm": json.dumps(about)})
+    (tmp_path/"game").write_bytes(zlib.compress(sink.getvalue()))
+    assert bits(read_game(tmp_path/"game")) == bits(game)
+    about["format"] = 99
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema) as writer:
+        writer.write_table(pa.table([to_struct(stored)], schema)); writer.add_key_value_metadata({"melee_wm": json.dumps(about)})
+    (tmp_path/"game").write_bytes(zlib.compress(sink.getvalue()))
+    with pytest.raises(UserError, match="newer format"): read_game(tmp_path/"game")
+
+
+def test_sticks_off_the_grid_are_kept_too(tmp_path):
+    "Whatever cannot be told from slippi-ai's half is stored beside it."
+    for value in (0.3, 0.31, -0.0, np.nan, 1e-40):
+        game = wander(0)
+        game.columns["c_y"] = np.full((1600, 2), value, "float32")
+        (tmp_path/"game").write_bytes(write_game(game))
+        assert bits(read_game(tmp_path/"game")) == bits(game)
+
+
 def test_content_hash_ignores_the_file_and_sees_the_play(tmp_path):
     game = wander(1)
     again = read_slp(write_slp(game, tmp_path/"a.slp", provenance="somebody else"))
@@ -211,13 +248,13 @@ def test_a_heap_is_accounted_for(heap, tmp_path, workers):
     result = build([heap], tmp_path/"out", workers=workers, progress=False)
     assert {k: result[k] for k in EXPECTED} == EXPECTED and accounted(result) == result["found"]
     reasons = {Path(q["path"]).name: q["reason"] for q in result["quarantined"]}
-    assert len(result["quarantined"]) == 7 and "outside the archive" in reasons["escape.slp"] and "inside an archive" in reasons["inner.zip"]
-    assert {"page.slp", "empty.slp", "cut.slp", "cut.slp.gz"} <= set(reasons)
+    assert len(result["quarantined"]) == 8 and "outside the archive" in reasons["escape.slp"] and "inside an archive" in reasons["inner.zip"]
+    assert {"page.slp", "empty.slp", "cut.slp", "cut.slp.gz", "cut.slpz"} <= set(reasons)
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == [".lock", "games", "meta.json"]
     assert not list(tmp_path.rglob("escape*")) and not Path("/etc/escape.slp").exists()
     again = build([heap], tmp_path/"out", workers=workers, progress=False)
-    assert (again["games_added"], again["games_skipped"], again["duplicates"], accounted(again)) == (0, 6, 2, 16)
-    assert summary(again).startswith("16 replays found")
+    assert (again["games_added"], again["games_skipped"], again["duplicates"], accounted(again)) == (0, 6, 3, 18)
+    assert summary(again).startswith("18 replays found")
     other = build([heap], tmp_path/"other", workers=4 - workers, progress=False)
     assert other["games_added"] == 6 and digest(tmp_path/"other") == digest(tmp_path/"out")
 
@@ -236,8 +273,8 @@ def test_the_whole_corpus(replays, tmp_path):
     assert set((replays/"heldout.txt").read_text().split()) <= {r["slp_md5"] for r in records}
 
 
-def spawn(inputs: list[Path], output: Path, **environment) -> subprocess.Popen:
-    program = f"from melee_wm.build import build; build({[str(p) for p in inputs]!r}, {str(output)!r}, workers=2, progress=False)"
+def spawn(inputs: list[Path], output: Path, min_frames: int = 1500, **environment) -> subprocess.Popen:
+    program = f"from melee_wm.build import build; build({[str(p) for p in inputs]!r}, {str(output)!r}, workers=2, min_frames={min_frames}, progress=False)"
     return subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **environment}, stderr=subprocess.PIPE)
 
 
@@ -255,31 +292,63 @@ def processes_with(token: str) -> list[str]:
     return found
 
 
-def check_kills(inputs, tmp_path, when):
-    build(inputs, tmp_path/"whole", workers=2, progress=False)
-    token = f"token-{os.getpid()}-{time.time_ns()}"
-    for count in when:
+def leave_the_mess_of_a_kill(folder: Path):
+    "What a kill in the middle of a write leaves behind."
+    (folder/"games").mkdir(parents=True, exist_ok=True)
+    (folder/"games"/f".{'0'*32}.1.tmp").write_bytes(b"half a ga")
+    with open(folder/"journal.jsonl", "a") as file: file.write('{"slp_md5": "01234')
+
+
+def check_kills(inputs: list[Path], tmp_path: Path, moments: int, seed: int):
+    "Kill a build again and again at random moments, each a little later; then let it end, and compare with an undisturbed one."
+    whole, rng, token = build(inputs, tmp_path/"whole", workers=2, progress=False), random.Random(seed), f"token-{os.getpid()}-{time.time_ns()}"
+    counts, hit = sorted(rng.randrange(whole["games_added"]) for _ in range(moments)), 0
+    for count in counts:
         process = spawn(inputs, tmp_path/"killed", MELEE_WM_TEST=token)
         wait_for_games(process, tmp_path/"killed", count)
-        assert process.poll() is None, "it was meant to be killed half-way"
+        time.sleep(rng.uniform(0, 0.03))
+        hit += process.poll() is None
         process.send_signal(signal.SIGKILL); process.wait()
-        (tmp_path/"killed/games"/f".{'0'*32}.1.tmp").write_bytes(b"half a ga")   # what a kill inside a write leaves behind
-        with open(tmp_path/"killed/journal.jsonl", "a") as f: f.write('{"slp_md5": "01234')
-        until = time.time() + 10
-        while processes_with(token) and time.time() < until: time.sleep(0.05)
-        assert not processes_with(token), "workers outlived their builder"
+        leave_the_mess_of_a_kill(tmp_path/"killed")
+    assert hit >= moments - 2, "they were meant to be killed half-way"
+    until = time.time() + 10
+    while processes_with(token) and time.time() < until: time.sleep(0.05)
+    assert not processes_with(token), "workers outlived their builder"
     result = build(inputs, tmp_path/"killed", workers=2, progress=False)
-    assert result["games_skipped"] >= when[-1] - 3 and accounted(result) == result["found"]
+    assert result["games_skipped"] >= counts[-1] - 3 and accounted(result) == result["found"] == whole["found"]
     assert digest(tmp_path/"killed") == digest(tmp_path/"whole")
     assert sorted(p.name for p in (tmp_path/"killed").iterdir()) == sorted(p.name for p in (tmp_path/"whole").iterdir()) == [".lock", "games", "meta.json"]
 
 
-def test_killed_and_run_again_synthetic(heap, tmp_path):
-    check_kills([heap], tmp_path, (1, 3))
+def test_killed_at_ten_moments_synthetic(heap, tmp_path, matches):
+    for i in range(8, 20): write_slp(wander(i), heap/f"more {i}.slp")
+    for i in range(3): write_slp(wander(8 + i), heap/f"again {i}.slp", provenance="saved again: an alias")
+    check_kills([heap], tmp_path, 10, seed=0)
 
 
-def test_killed_and_run_again_real(replays, tmp_path):
-    check_kills([replays/name for name in ("quick", "odd", "bad", "versions.zip")], tmp_path, (1, 8, 20))
+def test_killed_at_random_moments_real(replays, tmp_path):
+    check_kills([replays/name for name in ("quick", "odd", "bad", "versions.zip")], tmp_path, 4, seed=1)
+
+
+def test_killed_while_it_finishes(tmp_path, matches):
+    "Between meta.json and the end of the journal, too, nothing is lost."
+    heap = tmp_path/"heap"; heap.mkdir()
+    for i in range(2): (heap/f"{i}.slp").write_bytes(matches[i])
+    write_slp(wander(0), heap/"again.slp", provenance="saved again: an alias")
+    build([heap], tmp_path/"whole", progress=False)
+    dying = f"""
+import os, pathlib, melee_wm.build as b
+unlink = pathlib.Path.unlink
+pathlib.Path.unlink = lambda self, **options: os.abort() if self.name == "journal.jsonl" else unlink(self, **options)
+b.build([{str(heap)!r}], {str(tmp_path/"killed")!r}, progress=False)"""
+    assert subprocess.run([sys.executable, "-c", dying]).returncode == -signal.SIGABRT
+    assert (tmp_path/"killed/journal.jsonl").exists() and (tmp_path/"killed/meta.json").exists()
+    build([heap/"1.slp"], tmp_path/"killed", progress=False)   # even if only one file is looked at again
+    assert digest(tmp_path/"killed") == digest(tmp_path/"whole")
+    record = next(r for r in read_meta(tmp_path/"killed") if r["aliases"])
+    (tmp_path/"killed/games"/record["slp_md5"]).write_bytes(b"damaged")
+    build([p for p in heap.iterdir() if hashlib.md5(p.read_bytes()).hexdigest() == record["slp_md5"]], tmp_path/"killed", progress=False)
+    assert digest(tmp_path/"killed") == digest(tmp_path/"whole"), "a game that is made again keeps its other names"
 
 
 def test_ctrl_c_leaves_a_dataset(heap, tmp_path):
@@ -311,7 +380,7 @@ parsed.serve()"""
     result = build([heap], tmp_path/"out", workers=2, progress=False)
     reasons = {Path(q["path"]).name: q["reason"] for q in result["quarantined"]}
     assert "process died (signal 6)" in reasons["3.slp"] and "stuck for 2 s" in reasons["three.slp"]
-    assert result["games_added"] == 4 and accounted(result) == 16
+    assert result["games_added"] == 4 and accounted(result) == 18
     monkeypatch.undo()
     build([heap], tmp_path/"out", progress=False); build([heap], tmp_path/"whole", progress=False)
     assert digest(tmp_path/"out") == digest(tmp_path/"whole"), "a quarantine is not for ever"
@@ -369,18 +438,122 @@ def test_hostile_archives(tmp_path, matches):
     stream = replays_in(tmp_path/"good.7z"); next(stream); stream.close()   # leaving early must not hang
 
 
-def test_mutated_replays_never_stop_a_build(practice_slp, tmp_path):
-    data, rng, folder = practice_slp.read_bytes(), random.Random(1), tmp_path/"mutants"
-    folder.mkdir()
-    for i in range(60):
-        mutant = bytearray(data)
-        where = rng.choice((1000, 20000, len(data)))
-        for _ in range(rng.choice((1, 5, 50))): mutant[rng.randrange(where)] = rng.randrange(256)
-        (folder/f"{i:02d}.slp").write_bytes(mutant[:rng.choice((len(mutant), len(mutant), rng.randrange(len(mutant))))])
-    result = build([folder], tmp_path/"out", workers=2, progress=False)
-    assert result["found"] == accounted(result) == 60
-    assert not [q for q in result["quarantined"] if "defect" in q["reason"]]
-    for _, game in load_games(tmp_path/"out"): assert np.isfinite(game["x"]).all()
+@pytest.mark.parametrize("real", [False, True])
+def test_one_game_in_every_container(real, tmp_path, matches, request):
+    "The same file inside anything is one game and plain duplicates; the same match with other metadata is one game and an alias."
+    data = next(sorted(request.getfixturevalue("replays").glob("quick/*.slp"))[0] for _ in "x").read_bytes() if real else matches[0]
+    resaved = data.replace(b"playedOn", b"playedOm") if real else write_slp(wander(0), tmp_path/"resaved.slp", provenance="another program").read_bytes()
+    assert resaved != data
+    heap = tmp_path/"heap"; heap.mkdir()
+    for name, content in (("game", data), ("resaved", resaved)):
+        (heap/f"{name}.slp").write_bytes(content)
+        (heap/f"{name}.slp.gz").write_bytes(gzip.compress(content, 1))
+        (heap/f"{name}.slpz").write_bytes(slp_to_slpz(content))
+        with zipfile.ZipFile(heap/f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a.slp", content); z.writestr("b.slpz", slp_to_slpz(content))
+        with py7zr.SevenZipFile(heap/f"{name}.7z", "w", filters=[{"id": py7zr.FILTER_LZMA2, "preset": 0}]) as z: z.writestr(content, "a.slp"); z.writestr(gzip.compress(content, 1), "b.slp.gz")
+    result = build([heap], tmp_path/"out", workers=2, progress=False)
+    assert (result["found"], result["games_added"], result["duplicates"], result["quarantined"]) == (14, 1, 13, [])
+    [record] = read_meta(tmp_path/"out")
+    assert [record["slp_md5"], *record["aliases"]] == sorted(hashlib.md5(d).hexdigest() for d in (data, resaved))
+    for path in (heap/"resaved.slpz", heap/"game.7z", heap/"resaved.zip"):
+        again = build([path], tmp_path/"out", progress=False)
+        assert (again["games_added"], again["duplicates"] + again["games_skipped"]) == (0, again["found"])
+
+
+def test_filters(tmp_path, replays):
+    inputs = [replays/"quick", replays/"versions.zip"]
+    everything = build(inputs, tmp_path/"all", workers=2, progress=False)
+    records = read_meta(tmp_path/"all")
+    for keep in (named_filter(["fox", "Falco", "marth"]), named_filter(stages=["battlefield", "Yoshis Story"], version="2.0"), named_filter(min_frames=6000, max_frames=9000, version="3.9.0")):
+        result = build(inputs, tmp_path/"some", workers=2, progress=False, keep=keep)
+        wanted = {r["slp_md5"] for r in records if (not keep.characters or all(p["character"] in keep.characters for p in r["players"])) and (not keep.stages or r["stage"] in keep.stages)
+                  and tuple(r["slippi_version"]) >= keep.version and keep.min_frames <= r["frames"] <= (keep.max_frames or r["frames"])}
+        assert 0 < len(wanted) < len(records) and {r["slp_md5"] for r in read_meta(tmp_path/"some")} == wanted
+        assert accounted(result) == result["found"] == everything["found"] and sum(result["filtered"].values()) == everything["games_added"] - len(wanted)
+        assert {r["slp_md5"]: r for r in read_meta(tmp_path/"some")} == {r["slp_md5"]: r for r in records if r["slp_md5"] in wanted}
+        assert f"{len(wanted)} games kept, {everything['games_added'] - len(wanted)} dropped" in summary(result)
+        shutil.rmtree(tmp_path/"some")
+    build(inputs, tmp_path/"all", progress=False, keep=Filter(stages=(0,)))
+    assert read_meta(tmp_path/"all") == records, "a filter takes nothing away that is there"
+    for mistake in (dict(characters=["Foks"]), dict(stages=["Fountain of Dream"]), dict(version="3.x"), dict(min_frames=10, max_frames=9)):
+        with pytest.raises(UserError): named_filter(**mistake)
+    with pytest.raises(UserError, match="did you mean Fountain of Dreams"): named_filter(stages=["Fountain of Dream"])
+
+
+def test_what_info_tells(replays, toy, tmp_path):
+    build([replays/"odd", replays/"versions.zip", toy/"Raw"], tmp_path/"out", workers=2, progress=False)
+    about, records = info(tmp_path/"out"), read_meta(tmp_path/"out")
+    assert about["ranks"] == {"diamond": 2} and about["transformations"] == 1 == sum(bool(r["transforms"]) for r in records)
+    assert about["ice_climbers"] == sum(bool(r["followers"]) for r in records) == about["characters"].get("Popo", 0)
+    lengths = sorted(r["frames"] for r in records)
+    assert about["lengths"]["shortest"] == lengths[0] and about["lengths"]["longest"] == lengths[-1] and lengths[0] < about["lengths"]["median"] < lengths[-1]
+    for record in records:
+        game = read_game(tmp_path/"out", record["slp_md5"], columns=("character",))
+        assert record["transforms"] == [p for p in (0, 1) if len(np.unique(game["character"][:, p])) > 1]
+        assert record["followers"] == [p for p in (0, 1) if game.ports[p] in game.info["followers"]]
+    assert [a.get_title() for a in draw_info(tmp_path/"out").axes] == ["Characters", "Stages", "Slippi versions", "Lengths", "Ranks"]
+    assert info(toy)["transformations"] is None and len(draw_info(toy).axes) == 4, "slippi-ai's records say less"
+    assert "Diamond Player" not in (tmp_path/"out/meta.json").read_text()
+
+
+def test_ranks_come_from_the_name_only():
+    assert ranks_in("Master-Platinum-1f2e.slp") == ["master", "platinum"] and ranks_in("bronze-silver-x.slp") == ["bronze", "silver"]
+    for name in ("master.slp", "master-fox-1.slp", "game-master-master-1.slp", "mastery-master-1.slp", ""): assert ranks_in(name) == []
+    assert record_of(wander(0), "0"*32, 1, 1, "gold-master-9.slp")["name"] == f"{'0'*32}.slp"
+
+
+def resident(pid: int) -> int:
+    "Anonymous memory of a process in MB, 0 when it is gone."
+    try: found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    except OSError: return 0
+    return int(found[1])//1024 if found else 0
+
+
+def children(pid: int) -> list[int]:
+    try: return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task/"children").read_text().split()]
+    except OSError: return []
+
+
+def peak_memory(inputs: list[Path], output: Path, min_frames: int = 1500) -> tuple[int, int]:
+    "The most anonymous memory that a build's main process, and any of its two workers, ever had, in MB."
+    process = spawn(inputs, output, min_frames)
+    builder = worker = 0
+    while process.poll() is None:
+        builder, worker = max(builder, resident(process.pid)), max([worker, *map(resident, children(process.pid))])
+        time.sleep(0.01)
+    assert process.returncode == 0, process.stderr.read()
+    return builder, worker
+
+
+def test_memory_does_not_grow_with_the_archive(tmp_path):
+    "Members are taken one at a time: six times as many replays need no more memory."
+    long = write_slp(wander(0, frames=9000), tmp_path/"long.slp").read_bytes()
+    assert len(long) > 2.5e6
+    for count in (4, 24):
+        with py7zr.SevenZipFile(tmp_path/f"{count}.7z", "w", filters=[{"id": py7zr.FILTER_LZMA2, "preset": 0}]) as z:
+            for i in range(count): z.writestr(long[:40000] + bytes([i]) + long[40001:], f"{i}.slp")
+    (few, _), (many, _) = (peak_memory([tmp_path/f"{count}.7z"], tmp_path/f"out {count}", min_frames=10**6) for count in (4, 24))   # read and refused: quick
+    assert many < few + 30 and many < 120, (few, many)
+
+
+def test_few_replays_wait_on_the_disk(tmp_path, matches):
+    "However many members of an archive are bad, only a handful of good ones are unpacked ahead."
+    with zipfile.ZipFile(tmp_path/"a.zip", "w") as z:
+        for i in range(30): z.writestr(f"../{i}.slp", b"")
+        for i, data in enumerate(matches): z.writestr(f"{i}.slp", data)
+    (tmp_path/"work").mkdir()
+    waiting, asked = [], []
+    for piece in build_module._pieces([tmp_path/"a.zip"], tmp_path/"work", asked.append, ahead=3):
+        waiting.append(len(list((tmp_path/"work").iterdir())))
+        if piece.replay: assert piece.found.data is None; piece.replay.unlink()
+    assert len(waiting) == 38 and len(asked) == 8 and max(waiting) <= 4
+
+
+def test_memory_of_a_real_archive(replays, tmp_path):
+    "45 games, 142 MB unpacked, in an archive whose own dictionary takes 64 MB."
+    builder, worker = peak_memory([replays/"bracket.7z"], tmp_path/"out")
+    print(f"peak anonymous memory: builder {builder} MB, worker {worker} MB")
+    assert 40 < builder < 260 and 10 < worker < 200
 
 
 def test_mistakes_are_one_line(tmp_path, heap, toy):
@@ -417,7 +590,7 @@ def test_full_disk(heap, tmp_path, matches, monkeypatch):
 
 def test_files_are_found_once_and_in_order(heap):
     names = [p.name for p in find_files([heap, heap/"deep", heap/"one.slp"])]
-    assert names == [p.name for p in find_files([heap/"one.slp", heap])] and len(names) == len(set(names)) == 9
+    assert names == [p.name for p in find_files([heap/"one.slp", heap])] and len(names) == len(set(names)) == 11
 
 
 def test_records_are_json_that_others_can_read(heap, tmp_path):

@@ -16,9 +16,10 @@ from melee_wm.build import build
 from melee_wm.checkpoint import MANIFEST_KEYS, read_manifest, read_tensors
 from melee_wm.config import load_config
 from melee_wm.core import UserError
+from melee_wm.execute import execute_run, notebook_parameters, run_notebook
 from melee_wm.experiment import run_status
 from melee_wm.practice import write_practice
-from melee_wm.report import execute_run, notebook_parameters, run_notebook, train_run
+from melee_wm.report import train_run
 from melee_wm.track import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,14 @@ def test_run_notebooks_keep_their_parameters_cell():
     for notebook in (ROOT / "nbs" / "runs").glob("*.ipynb"):
         assert {"experiment", "data", "run_dir", "resume"} <= notebook_parameters(notebook), notebook
     assert (ROOT / "nbs" / "runs" / ".notest").is_file()
+
+
+def test_papermill_understands_the_parameters_cell(caplog):
+    "A comment that it cannot parse costs a line of warning in every run."
+    import papermill
+    for notebook in (ROOT / "nbs" / "runs").glob("*.ipynb"):
+        assert set(papermill.inspect_notebook(str(notebook))) == notebook_parameters(notebook)
+    assert "Unable to parse" not in caplog.text
 
 
 def test_a_run_leaves_everything(finished):
@@ -186,9 +195,9 @@ def test_the_page_in_a_browser(finished, tmp_path):
         assert "SYNTHETIC" in text and "stand still" in text and "keep the speed" in text
         widths = page.eval_on_selector_all("img", "images => images.map(i => i.naturalWidth)")
         assert len(widths) >= 3 and min(widths) > 300
-        assert not page.is_visible("text=from melee_wm.report import begin")
+        assert not page.is_visible("text=from melee_wm.execute import begin")
         page.check("#show-code")
-        assert page.is_visible("text=from melee_wm.report import begin")
+        assert page.is_visible("text=from melee_wm.execute import begin")
         page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         browser.close()
     assert (tmp_path / "page.png").stat().st_size > 50_000

@@ -150,9 +150,9 @@ def test_nan_stops_the_run_and_is_never_saved(games, tmp_path):
     run(tmp_path, games, ["training.epochs=1", "training.clip_grad=null"])
     before = weights(tmp_path, "latest")
     # one poisoned number in the data, past the first batch that the preflight looks at
-    floats = games[0].frames.floats.clone()
-    floats[len(floats) // 2] = math.inf
-    poisoned = replace(games[0], frames=games[0].frames._replace(floats=floats))
+    rows = games[0].pieces[0].rows.clone()
+    rows.view(torch.float32)[games[0].frames // 2, 0] = math.inf
+    poisoned = replace(games[0], pieces=(games[0].pieces[0]._replace(rows=rows),))
     outcome = run(tmp_path, (poisoned, games[1]), ["training.clip_grad=null"], resume=True, keep_step=10**9)
     assert outcome.status == "killed" and "nan" in outcome.reason
     assert same(weights(tmp_path, "latest"), before)
