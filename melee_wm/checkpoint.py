@@ -128,7 +128,7 @@ def load_training_state(folder) -> TrainingState: return TrainingState(*read_ten
 
 # %% ../nbs/50_checkpoint.ipynb #0021
 MANIFEST_KEYS = ("schema", "name", "status", "reason", "started", "finished", "seconds", "resumed", "experiment", "config", "config_hash", "parameters", "seed",
-    "data", "data_fingerprint", "synthetic", "game_md5s", "train_md5s", "val_md5s", "games_refused", "frames", "git_commit", "git_dirty", "machine", "device", "versions",
+    "data", "data_fingerprint", "synthetic", "untrusted", "game_md5s", "train_md5s", "val_md5s", "games_refused", "frames", "git_commit", "git_dirty", "machine", "device", "versions",
     "tracking", "all_epochs", "best", "train_eval", "scorecard", "card_id", "cost")
 
 def now() -> str:

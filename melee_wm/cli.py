@@ -52,21 +52,32 @@ def practice(
 
 @data_app.command("build")
 def data_build(
-    inputs: Annotated[list[Path], Argument(help="replays: .slp, .slp.gz, .zip, .7z, or folders of them")],
+    inputs: Annotated[list[Path], Argument(help="replays: .slp, .slp.gz, .slpz, .zip, .7z, or folders of them")],
     output: Annotated[Path, Option(help="folder of the parsed dataset")],
     workers: Annotated[int, Option(min=1, help="processes that read replays")] = 1,
+    character: Annotated[Optional[list[str]], Option(help="keep games in which both fighters are among these; repeatable")] = None,
+    stage: Annotated[Optional[list[str]], Option(help="keep games on these stages; repeatable")] = None,
+    version: Annotated[str, Option(help="keep games of this Slippi version or newer, such as 3.8")] = "",
+    min_frames: Annotated[int, Option(min=0, help="keep games of at least so many frames")] = 0,
+    max_frames: Annotated[Optional[int], Option(min=1, help="keep games of at most so many frames")] = None,
     json_: JsonFlag = False):
     "Build or extend a parsed dataset. Example: melee-wm data build ~/Slippi --output data --workers 4"
     from melee_wm.build import build, summary
-    result = build(inputs, output, workers=workers)
+    from melee_wm.parsed import named_filter
+    result = build(inputs, output, workers=workers, keep=named_filter(character or (), stage or (), version, min_frames, max_frames))
     _print_json(result) if json_ else print(summary(result))
 
 @data_app.command("info")
-def data_info(folder: Annotated[Path, Argument(help="a parsed dataset, or shards")], json_: JsonFlag = False):
-    "What a dataset holds. Example: melee-wm data info data"
-    from melee_wm.build import info
+def data_info(
+    folder: Annotated[Path, Argument(help="a parsed dataset, or shards")],
+    draw: Annotated[Optional[Path], Option(help="also draw a parsed dataset into this .png, .svg or .pdf")] = None,
+    json_: JsonFlag = False):
+    "What a dataset holds. Example: melee-wm data info data --draw data.png"
+    from melee_wm.build import draw_info, info
     from melee_wm.shards import is_shards, shards_info
+    if draw and (is_shards(folder) or draw.suffix not in (".png", ".svg", ".pdf")): raise UserError("cannot draw this", folder, expected="a parsed dataset, and a name ending in .png, .svg or .pdf", got=draw)
     result = shards_info(folder) if is_shards(folder) else info(folder)
+    if draw: draw_info(folder).savefig(draw, dpi=150)
     if json_: return _print_json(result)
     for key, value in result.items():
         print(f"{key:12s} {', '.join(f'{k} {n}' for k, n in value.items()) if isinstance(value, dict) else f'{value:,}' if isinstance(value, int) else value}")
@@ -241,7 +252,7 @@ def demo(
     from melee_wm.report import train_run
     run_dir = out or _free_name(project_root()/setting("runs")/"demo")
     if run_dir.exists() and any(run_dir.iterdir()): raise UserError("the run's folder is not empty", run_dir, do="choose another --out")
-    if replays and not replays.exists(): raise UserError("no such file or folder", replays, expected="replays: .slp, .slp.gz, .zip, .7z, or a folder of them")
+    if replays and not replays.exists(): raise UserError("no such file or folder", replays, expected="replays: .slp, .slp.gz, .slpz, .zip, .7z, or a folder of them")
     config = load_config("demo", [*_overrides(minutes=minutes), f"name={run_dir.name}"])
     data, workers = run_dir/"data", min(4, os.cpu_count() or 1)
     print(f"1. Matches: {replays if replays else f'{PRACTICE_GAMES} SYNTHETIC practice matches (give --replays PATH for real ones)'}")

@@ -16,7 +16,6 @@ from jinja2 import DictLoader
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from .core import UserError, atomic_write, project_root
-from .checkpoint import read_manifest
 
 # %% ../nbs/58_execute.ipynb #0007
 def notebook_parameters(notebook) -> set[str]:
@@ -102,6 +101,7 @@ def execute_run(
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
+    from melee_wm.checkpoint import read_manifest   # and with it torch, which a kernel that only calls `begin` need not load
     check_parameters(notebook, parameters)
     run_dir, stream, started, problem = Path(run_dir), sys.stderr if stream is None else stream, [], None
     run_dir.mkdir(parents=True, exist_ok=True)

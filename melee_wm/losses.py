@@ -37,10 +37,10 @@ def head_loss(name: str, predicted: Tensor, target: Tensor, kind: str = "mse") -
     return float_loss(kind, predicted.float(), target)
 
 def item_loss(name: str, predicted: Tensor, target: Tensor, there: Tensor, kind: str = "mse") -> Tensor:
-    "Mean loss of a head of items over the slots that are `there`, (..., 2, slots) bool; 0 where none is."
+    "Mean loss of a head of items over all slots; those that are not `there`, (..., 2, slots) bool, count as right."
     if HEADS[name].target == "class": each = F.cross_entropy(predicted.flatten(0, -2).float(), target.flatten(), reduction="none").view(there.shape)
     else: each = float_loss(kind, predicted.float(), target, "none").mean(-1)
-    return (each*there).sum()/there.sum().clamp(min=1)
+    return (each*there).mean()
 
 def item_losses(prediction: dict[str, Tensor], targets: dict[str, Tensor], last: dict[str, Tensor], kind: str = "mse") -> dict[str, Tensor]:
     "Each head of items on the slots it speaks for; `last` are the slots of the frames before, each (..., 2, slots)."

@@ -18,6 +18,7 @@ from isal import isal_zlib
 from .core import UserError, atomic_write
 from .frame import COLUMNS, FIRST_FRAME, STAGE_EVENTS, Game, Table
 from .melee import BUTTON_BITS, CHARACTERS, LIBMELEE_STAGE, STAGE_NAMES, STAGES, external_of, internal_of, randall_position
+from .repair import processed, repeated, stage_of_spawns, without_absent
 from .slp import ReplayError, read_slp
 
 # %% ../nbs/10_parsed.ipynb #0005
@@ -182,7 +183,7 @@ def write_game(game: Game) -> bytes:
 
 # %% ../nbs/10_parsed.ipynb #0029
 def _open(path: Path) -> tuple[pq.ParquetFile, dict | None]:
-    "The parquet of a game file and what we wrote about it (None in files of slippi-ai). Raises `UserError` for anything else."
+    "The parquet of a game file and what we wrote about it (None in files of others). Raises `UserError` for anything else."
     try:
         file = pq.ParquetFile(pa.BufferReader(isal_zlib.decompress(path.read_bytes())), pre_buffer=False)
         about = json.loads((file.metadata.metadata or {}).get(b"melee_wm", b"null"))
@@ -220,7 +221,7 @@ def _slot_table(slots: pa.StructArray) -> Table:
     return {"frame": np.nonzero(exists)[0].astype(np.int32)} | {name: values[exists].astype(SLIPPI_AI["items"]["item_0"][name]) for name, values in grid.items()}
 
 def _from_slippi_ai(struct: pa.StructArray) -> Game:
-    "A game that slippi-ai parsed, with the columns it has."
+    "A game that slippi-ai parsed, with the columns it has; of the team's layout, what it has in common with slippi-ai's."
     slippi_stage = {libmelee: slippi for slippi, libmelee in LIBMELEE_STAGE.items()}
     columns = {name: _numpy(struct, path, COLUMNS[name].dtype) for name, path in SHARED.items()}
     columns["percent"] = _numpy(struct, "percent", "float32")
@@ -232,6 +233,31 @@ def _from_slippi_ai(struct: pa.StructArray) -> Game:
     return Game(stage=slippi_stage.get(int(struct.field("stage")[0].as_py()), 0), columns=columns, characters=tuple(external_of(int(c)) for c in columns["character"][0]),
         version=(0, 0, 0), items=items, info={"source": "slippi-ai"})
 
+# %% ../nbs/10_parsed.ipynb #0033
+_TEAM = {**{name: name for name in ("speed_air_x", "speed_y", "speed_ground_x", "state_age", "hitlag", "stocks", "l_cancel", "hurtbox_state", "ground", "last_attack_landed", "combo_count")},
+    "knockback_x": "speed_attack_x", "knockback_y": "speed_attack_y", **{f"state_flags_{i + 1}": f"state_flags_{i}" for i in range(5)}}   # our column -> the team's field
+
+def _rows_kept(table: Table, keep: np.ndarray) -> Table:
+    "A table of a game from which the frames without `keep`, (frames,) bool, were taken."
+    rows = keep[table["frame"]]
+    return {name: values[rows] for name, values in table.items()} | {"frame": (np.cumsum(keep) - 1)[table["frame"][rows]].astype(np.int32)}
+
+def _from_team(struct: pa.StructArray) -> Game:
+    "A game that the team's own parser read, with its further columns and without its mistakes."
+    game, have = _from_slippi_ai(struct), {field.name for field in struct.field("p0").type}
+    columns = game.columns | {name: _numpy(struct, path, COLUMNS[name].dtype) for name, path in _TEAM.items() if path in have}
+    stage = stage_of_spawns(columns["x"][0], columns["y"][0]) or int(struct.field("stage")[0].as_py())
+    columns["shoulder"], columns["buttons"] = processed(columns["shoulder"], columns["buttons"])
+    keep = ~repeated(columns)
+    columns = without_absent({name: values[keep] for name, values in columns.items()})
+    items = _rows_kept(game.items, keep) if game.items and len(game.items["frame"]) else None
+    return replace(game, stage=stage, columns=columns, items=items, info={"source": "predecessor"})
+
+def _foreign(struct: pa.StructArray) -> Game:
+    "A game that we did not write: the team's where its players have `state_age`, else slippi-ai's."
+    return (_from_team if struct.field("p0").type.get_field_index("state_age") >= 0 else _from_slippi_ai)(struct)
+
+# %% ../nbs/10_parsed.ipynb #0037
 def _read_columns(struct: pa.StructArray, where: dict[str, str], about: dict) -> Table:
     "Our columns, each (frames, 2), from their paths below a player."
     columns = {name: _numpy(struct, path, COLUMNS[name].dtype) for name, path in where.items()}
@@ -239,19 +265,19 @@ def _read_columns(struct: pa.StructArray, where: dict[str, str], about: dict) ->
     if about["format"] > 1 and "random_seed" in columns: columns["random_seed"][:, 1] ^= columns["random_seed"][:, 0]
     return columns
 
-# %% ../nbs/10_parsed.ipynb #0033
+# %% ../nbs/10_parsed.ipynb #0039
 def read_game(
     path: str | Path,                        # a game file, or with `md5` the folder of a dataset
     md5: str | None = None,                  # which game of the dataset
     columns: Iterable[str] | None = None,    # only these (and `x`), without stage events; those the game lacks stay absent
     items: bool = False,                     # with `columns`: the items as well (without `columns` everything is read)
 ) -> Game:
-    "Read a game that `write_game` or slippi-ai wrote. Raises `UserError` for a missing or damaged file."
+    "Read a game that `write_game`, slippi-ai or the team's earlier parser wrote. Raises `UserError` for a missing or damaged file."
     path, chosen = Path(path)/"games"/md5 if md5 else Path(path), None if columns is None else {"x", *columns}
     file, about = _open(path)
     if about is None:
-        try: game = _from_slippi_ai(file.read(use_threads=False)["root"].combine_chunks())
-        except KeyError as error: raise UserError("not a parsed game", path, expected="our layout or slippi-ai's", got=f"no field {error}") from None
+        try: game = _foreign(file.read(use_threads=False)["root"].combine_chunks())
+        except KeyError as error: raise UserError("not a parsed game", path, expected="our layout, slippi-ai's or the team's", got=f"no field {error}") from None
         return game if chosen is None else replace(game, columns={name: values for name, values in game.columns.items() if name in chosen}, items=game.items if items else None)
     once = {name: f"controller.{_STICKS[name]}" for name in about.get("once", ())}
     where = {name: (SHARED | once).get(name, f"more.{name}") for name in about["columns"] if chosen is None or name in chosen}
@@ -261,7 +287,7 @@ def read_game(
     return Game(stage=about["stage"], columns=_read_columns(struct, where, about), ports=tuple(about["ports"]), characters=tuple(about["characters"]),
         version=tuple(about["version"]), items=tables.pop("item_list", None), stage_events=tables or None, info=_tuples(about["info"]))
 
-# %% ../nbs/10_parsed.ipynb #0042
+# %% ../nbs/10_parsed.ipynb #0048
 _CONTENT = [c.name for c in COLUMNS.values() if c.since == (0, 1) and c.name not in ("buttons_physical", "trigger_left", "trigger_right", "random_seed")]
 
 def content_hash(game: Game) -> str:
@@ -275,7 +301,7 @@ def fingerprint(md5s: Iterable[str]) -> str:
     "12 hex digits that name a set of games, whatever their order."
     return hashlib.sha256("\n".join(sorted(md5s)).encode()).hexdigest()[:12]
 
-# %% ../nbs/10_parsed.ipynb #0045
+# %% ../nbs/10_parsed.ipynb #0051
 def _winner(game: Game) -> int | None:
     "Index of the winner: first by placement, else the one with stocks left, else whoever did not give up."
     placements, lras = game.info.get("placements"), game.info.get("lras")
@@ -330,7 +356,7 @@ def record_of(
         synthetic=game.info.get("synthetic"), content=content_hash(game), aliases=[], followers=[p for p in (0, 1) if game.ports[p] in game.info.get("followers", ())],
         transforms=[p for p in (0, 1) if fighters[p][1]], ranks=ranks_in(name))
 
-# %% ../nbs/10_parsed.ipynb #0048
+# %% ../nbs/10_parsed.ipynb #0054
 def read_meta(folder: str | Path) -> list[dict]:
     "The records of a dataset, ordered by `slp_md5`. Raises `UserError` where there is none."
     path = Path(folder)/"meta.json"
@@ -347,7 +373,7 @@ def load_games(
     "The games of a dataset with their MD5s, in the order of the MD5s."
     for md5 in sorted(r["slp_md5"] for r in read_meta(folder)) if md5s is None else sorted(md5s): yield md5, read_game(folder, md5, columns, items)
 
-# %% ../nbs/10_parsed.ipynb #0051
+# %% ../nbs/10_parsed.ipynb #0057
 @dataclass(frozen=True)
 class Filter:
     "Which games are kept. What is empty keeps all."
@@ -365,7 +391,7 @@ class Filter:
         if not self.min_frames <= len(game) <= (self.max_frames or len(game)): return "by_length"
         return None
 
-# %% ../nbs/10_parsed.ipynb #0053
+# %% ../nbs/10_parsed.ipynb #0059
 def _letters(name: str) -> str:
     return re.sub("[^a-z0-9]", "", unicodedata.normalize("NFKD", name.lower()))
 
@@ -388,7 +414,7 @@ def named_filter(
     return Filter(tuple(sorted({_id_of(n, CHARACTERS, "character") for n in characters})), tuple(sorted({_id_of(n, STAGE_NAMES, "stage") for n in stages})),
         tuple(map(int, version.split("."))) if version else (), min_frames, max_frames)
 
-# %% ../nbs/10_parsed.ipynb #0056
+# %% ../nbs/10_parsed.ipynb #0062
 REFUSED = ("not_two_players", "cpu_player", "too_short", "no_frames")   # sound replays that are not our kind of game
 MIN_FRAMES = 1500
 
@@ -412,7 +438,7 @@ def parse_replay(
     with atomic_write(Path(folder)/"games"/md5) as temporary: temporary.write_bytes(data)
     return {"record": record}
 
-# %% ../nbs/10_parsed.ipynb #0059
+# %% ../nbs/10_parsed.ipynb #0065
 def identify(path: str) -> dict:
     "`{md5, size}` (in bytes) of a file, or `{quarantined: sentence}` where it cannot be read."
     try:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST_PICKLE', 'SWITCHES', 'SCALE_KEYS', 'KEYS', 'OFF_GRID', 'read_torch', 'old_columns', 'switches_of', 'Encoded',
-           'read_encoded', 'unscale', 'game_units', 'stage_of_spawns', 'processed', 'repeated', 'without_absent',
-           'Notes', 'old_game', 'played', 'doubts', 'import_encoded']
+           'read_encoded', 'unscale', 'game_units', 'Notes', 'old_game', 'played', 'doubts', 'import_encoded']
 
 # %% ../nbs/27_predecessor.ipynb #0002
 from .core import UserError, write_json
@@ -17,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from .melee import BUTTON_BITS, STAGES, external_of, ground_of
+from .melee import BUTTON_BITS, external_of, ground_of
 from .frame import COLUMNS, Game
+from .repair import processed, repeated, stage_of_spawns, without_absent
 from .parsed import MIN_FRAMES
 from .fields import BUTTONS, BY_NAME, HEADS, Field
 from .config import Config, EncodingConfig, load_config
@@ -180,47 +180,6 @@ def game_units(encoded: Encoded, i: int, snaps: dict[str, float]) -> tuple[dict[
     return columns, int(ints[0, -1])
 
 # %% ../nbs/27_predecessor.ipynb #0026
-def stage_of_spawns(x: np.ndarray, y: np.ndarray, within: float = .5) -> int:
-    "The only legal stage with spawn points at both fighters' first positions, (2,) game units; 0 where there is none or more than one."
-    def fits(stage): return all(any(abs(x[p] - sx) < within and abs(y[p] - sy) < within for sx, sy in stage.spawns) for p in (0, 1))
-    found = [stage.slippi_id for stage in STAGES.values() if fits(stage)]
-    return found[0] if len(found) == 1 else 0
-
-# %% ../nbs/27_predecessor.ipynb #0029
-_DEAD, _FULL, _GRAB = 43, 140, 49   # steps of 1/140: below is nothing; a click of L or R; Z, which also presses A
-
-def processed(shoulder: np.ndarray, buttons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "What the game makes of the further trigger (0 to 1) and the buttons (bits) of a controller. Processed ones stay as they are."
-    steps, grab = np.rint(shoulder*140), buttons & BUTTON_BITS["z"] != 0
-    steps = np.where(steps < _DEAD, 0, np.minimum(steps, _FULL))
-    steps = np.where(buttons & (BUTTON_BITS["l"] | BUTTON_BITS["r"]) != 0, _FULL, steps)
-    return (np.where(grab, _GRAB, steps)/140).astype(np.float32), buttons | np.where(grab, BUTTON_BITS["a"], 0).astype(buttons.dtype)
-
-# %% ../nbs/27_predecessor.ipynb #0032
-_AGELESS = (0, 1, 2, 178, 179, 182, 322, 323, 324)   # actions whose age stands still (see `nextframe`)
-
-def repeated(columns: dict[str, np.ndarray]) -> np.ndarray:
-    "(T,) bool: rows that the next row replaces, because in it something has stood still that cannot."
-    now = {name: values[1:] for name, values in columns.items()}
-    def stands(*names): return np.logical_and.reduce([columns[name][:-1] == now[name] for name in names])                  # (T - 1, 2)
-    speed = np.where(now["on_ground"], np.abs(now["speed_ground_x"]), np.abs(now["speed_air_x"]) + np.abs(now["speed_y"]))
-    ages = (now["hitlag"] == 0) & ~np.isin(now["action_state"], _AGELESS)
-    same = stands("action_state", "state_age", "hitlag", "x", "y")
-    sure = (same & ages & (speed > .05)).any(1)
-    likely = ((now["hitlag"] > 0) & stands("action_state", "hitlag")).any(1) | same.all(1) & ages.any(1)
-    return np.r_[sure | likely & sure.any(), False]
-
-# %% ../nbs/27_predecessor.ipynb #0035
-def _rises(values: np.ndarray) -> bool: return bool((np.diff(values.astype(float), axis=0) > 0).any())
-
-def without_absent(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    "The columns without those that are zeros only because the replay did not have them."
-    hit, died, moved = _rises(columns["percent"]), _rises(-columns["stocks"].astype(float)), bool(np.diff(columns["x"], axis=0).any())
-    rules = ((HEADS["velocity"].fields, moved, ()), (("hitlag",), hit, ()), (("hurtbox_state",), died, ()), (("combo_count",), hit, ("l_cancel", "ground", "last_attack_landed")))   # the last four came together
-    absent = {n for names, contradicted, others in rules if contradicted and not any(columns[name].any() for name in names) for n in (*names, *others)}
-    return {name: values for name, values in columns.items() if name not in absent}
-
-# %% ../nbs/27_predecessor.ipynb #0038
 class Notes(NamedTuple):
     "What happened while games were read."
     counts: Counter              # how often something had to be done
@@ -249,7 +208,7 @@ def played(game: Game) -> str:
     for name in ("main_x", "main_y", "c_x", "c_y"): digest.update(np.rint(game[name]*80).astype(np.int8).tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/27_predecessor.ipynb #0041
+# %% ../nbs/27_predecessor.ipynb #0029
 def doubts(encoded: Encoded, notes: Notes) -> dict[str, str]:
     "What cannot be trusted in the imported games, by name, a sentence each."
     n, rows = notes.counts, max(notes.counts["rows"], 1)
@@ -279,7 +238,7 @@ def _import_shard(encoded: Encoded, numbers: range, layout: Layout, path: Path, 
     piece = join(pieces) if pieces else Piece(torch.zeros(0, packing.row_bytes, dtype=torch.uint8))
     write_shard(path, piece, dict(format=FORMAT, packing=packing_json(packing), asked=[f"game {i}" for i in numbers], games=records, refused=refused))
 
-# %% ../nbs/27_predecessor.ipynb #0042
+# %% ../nbs/27_predecessor.ipynb #0030
 def _experiment(encoded: Encoded, config: Config | None) -> Config:
     "The experiment whose fields are stored. Raises `UserError` where the file does not have them."
     config = config or load_config("mamba2-1a" if encoded.switches["state_age_as_embed"] else "baseline-v22")

@@ -289,6 +289,25 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(several_shards, monkey
         choose_games(load_config("mamba2-1a", ["data.buffer_size=3"]), shards, progress=False)
 
 
+def test_training_is_the_same_from_memory_files_and_a_stream(tmp_path):
+    "A whole run by the same experiment: the same weights to the bit, wherever the games lie."
+    from melee_wm.build import build
+    from melee_wm.checkpoint import load_model
+    from melee_wm.experiment import run_experiment
+    from melee_wm.practice import write_practice
+    write_practice(tmp_path/"slp", games=3, seed=0, frames=1600)
+    build([tmp_path/"slp"], tmp_path/"data", progress=False)
+    small = ["training.epochs=2", "model.hidden=[32, 32]", "evaluation.max_starts=50"]
+    S.encode_dataset(tmp_path/"data", load_config("toy"), tmp_path/"shards", progress=False)
+    weights = {}
+    for where, data, more in (("memory", "data", []), ("files", "shards", []), ("stream", "data", ["data.buffer_size=10"])):
+        manifest = run_experiment(load_config("toy", small + more), tmp_path/data, tmp_path/where, device="cpu", progress=False)
+        assert manifest["status"] == "finished" and (tmp_path/where/"scorecard.json").is_file()
+        weights[where] = load_model(tmp_path/where).state_dict()
+    for where in ("files", "stream"):
+        assert all(torch.equal(v, weights[where][name]) for name, v in weights["memory"].items()), where
+
+
 # ---- real games ----------------------------------------------------------------------------------------------------
 
 def test_every_real_game_survives_shards(replays, tmp_path):

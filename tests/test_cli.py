@@ -115,3 +115,27 @@ def test_a_process_of_its_own_answers_alike():
 def test_doctor_runs():
     done = melee_wm("doctor")
     assert done.returncode == 0 and "torch" in done.stdout
+
+
+def test_encode_bench_and_sources(tmp_path):
+    from melee_wm.build import build
+    from melee_wm.practice import write_practice
+    write_practice(tmp_path/"slp", games=2, seed=0, frames=1600)
+    build([tmp_path/"slp"], tmp_path/"data", progress=False)
+    done = melee_wm("encode", tmp_path/"data", "--experiment", "mamba2-1a", "--output", tmp_path/"shards", "--json")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and result["games"] == 2 and result["bytes"]/result["frames"] < 120
+    info = json.loads(melee_wm("data", "info", tmp_path/"shards", "--json").stdout)
+    assert (info["games"], info["frames"], info["fingerprint"]) == (2, result["frames"], result["fingerprint"])
+    for words, says in ((["encode", tmp_path/"data", "--output", tmp_path/"other"], "--experiment NAME"),
+                        (["encode", tmp_path/"data", "--experiment", "mamba2-1b", "--output", tmp_path/"other"], "did you mean mamba2-1a"),
+                        (["train", "projectiles", "--data", tmp_path/"shards"], "fewer projectiles"),
+                        (["train", "toy", "--data", tmp_path/"shards", "--streaming"], "nothing to stream"),
+                        (["train", "toy", "--data", tmp_path/"data", "--buffer-size", "3"], "add --streaming"),
+                        (["bench", "parsing"], "unknown benchmark"),
+                        (["data", "fetch", "gangs", "--output", tmp_path], "did you mean gang"),
+                        (["data", "fetch", "own", "--output", tmp_path], "by hand")):
+        done = melee_wm(*words)
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path/"other").exists()
+    assert {"gang", "own"} <= {s["name"] for s in json.loads(melee_wm("data", "sources", "--json").stdout)["sources"]}

@@ -1,4 +1,6 @@
 """What the team already has: its encoded `.pt` files as shards, parsed folders as they are, its checkpoints number for number or refused."""
+import io
+import json
 import math
 import os
 import pickle
@@ -7,13 +9,17 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 import numpy as np
 import peppi_py
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from melee_wm import predecessor
 from melee_wm.batches import batches, load
+from melee_wm.build import build
 from melee_wm.checkpoint import load_model
 from melee_wm.config import load_config
 from melee_wm.core import UserError
@@ -23,7 +29,8 @@ from melee_wm.mamba2 import parameter_count
 from melee_wm.old_checkpoints import import_checkpoint, read_old
 from melee_wm.parsed import read_game
 from melee_wm.practice import write_practice
-from melee_wm.predecessor import import_encoded, played, repeated
+from melee_wm.predecessor import import_encoded, played
+from melee_wm.repair import repeated
 from melee_wm.shards import encode_dataset, load_shard_games, open_shards, read_index
 from melee_wm.slp import read_slp
 from melee_wm.world import World, replayed_controls, seed_windows
@@ -323,6 +330,110 @@ def test_v1_reads_a_folder_that_slippi_ai_parsed(toy, tmp_path):
         assert f"1 x missing columns {missing}" in str(error.value)
         with pytest.raises(UserError, match="no game is left") as error: encode_dataset(toy, load_config(name), tmp_path/name, progress=False)
         assert missing in str(error.value)
+
+
+# ----- parsed folders
+
+def struct(values: dict) -> pa.StructArray:
+    "A struct of arrays, of structs where the values are dicts."
+    arrays = [struct(v) if isinstance(v, dict) else pa.array(v) for v in values.values()]
+    return pa.StructArray.from_arrays(arrays, names=list(values))
+
+
+def team_struct(game: Game, parser="physical", stage: int | None = None, items: dict | None = None, without=()) -> pa.StructArray:
+    "A game in the layout of the team's parsers, written out by hand: `physical` (their first, whole percents) and `processed`."
+    T, first, players = len(game), parser == "physical", {}
+    for p in (0, 1):
+        c = {name: values[:, p] for name, values in game.columns.items()}
+        bits, whole = c["buttons_physical" if first else "buttons"], "int64" if not first else "uint8"
+        press = {n: (bits.astype("uint32") >> s) & 1 == 1 for n, s in dict(A=8, B=9, X=10, Y=11, Z=4, L=6, R=5, D_UP=3).items()}
+        shoulder = np.maximum(c["trigger_left"], c["trigger_right"]) if first else c["shoulder"]
+        sticks = {f"{n}_stick": {a: c[f"{n}_{a}"]/np.float32(2) + np.float32(.5) for a in "xy"} for n in ("main", "c")}
+        further = {n: c[n] for n in ("speed_air_x", "speed_y", "speed_ground_x")} | {"speed_attack_x": c["knockback_x"], "speed_attack_y": c["knockback_y"], "state_age": c["state_age"], "hitlag": c["hitlag"],
+            "stocks": c["stocks"].astype("uint8" if first else "float32")} | {n: c[n].astype("int64" if n == "ground" else whole) for n in ("l_cancel", "hurtbox_state", "ground", "last_attack_landed", "combo_count")} \
+            | {f"state_flags_{i}": c[f"state_flags_{i + 1}"] for i in range(5)} | {"hitstun_remaining": np.ones(T, "float32")}
+        players[f"p{p}"] = {"percent": np.floor(c["percent"]).astype("uint16") if first else c["percent"], "x": c["x"], "y": c["y"], "shield_strength": c["shield"], "facing": c["facing"] if first else c["facing"].astype("float32"),
+            "invulnerable": np.zeros(T, bool) if first else c["hurtbox_state"] != 0, "on_ground": c["on_ground"], "action": c["action_state"].astype("int64"), "jumps_left": c["jumps_left"].astype("int64"), "character": c["character"].astype("int64"),
+            "controller": {**sticks, "shoulder": shoulder, "buttons": press}} | {n: v for n, v in further.items() if n not in without}
+    z = np.zeros(T, "float32")
+    slots = {f"item_{i}": {"exists": np.zeros(T, bool), "type": np.zeros(T, "uint16"), "state": np.zeros(T, "uint8"), "x": z, "y": z} for i in range(15)} | (items or {})
+    return struct({**players, "stage": np.full(T, game.stage if stage is None else stage, "int64"), "randall": {"x": z, "y": z}, "fod_platforms": {"left": z, "right": z}, "items": slots})
+
+
+def team_folder(folder: Path, structs: list[pa.StructArray], parser="physical") -> Path:
+    "A folder as the team's programs left it; the games are called 0, 1, 2, ..."
+    (folder/"games").mkdir(parents=True)
+    for i, root in enumerate(structs):
+        sink = io.BytesIO(); pq.write_table(pa.table({"root": root}), sink); (folder/"games"/f"{i:032x}").write_bytes(zlib.compress(sink.getvalue()))
+    about = dict(name="x.slp", lastFrame=1, num_players=2, valid=True) if parser == "physical" else dict(source_file="x.slp.gz", num_frames=1)
+    (folder/"meta.json").write_text(json.dumps([about | dict(slp_md5=f"{i:032x}", stage=root.field("stage")[0].as_py(), is_training=True, compression="zlib") for i, root in enumerate(structs)]))
+    return folder
+
+
+@pytest.mark.parametrize("parser", ["physical", "processed"])
+@pytest.mark.parametrize("source", ["quick", "practice"])
+def test_the_teams_parsed_folder_loads_as_it_is(request, tmp_path, source, parser):
+    "Every field of v2.1 and of mamba2-1a equals the replay's to the last bit, but for percents that were cut to whole ones; in memory and in shards."
+    originals = request.getfixturevalue(source)
+    folder, apart = team_folder(tmp_path/"team", [team_struct(game, parser) for game in originals], parser), ("percent",) if parser == "physical" else ()
+    for name in ("v1", "v2", "v2.1", "mamba2-1a"):
+        games, refused = load(folder, layout_of(load_config(name).encoding), progress=False)
+        assert refused == {} and len(games) == len(originals)
+        for i, game in enumerate(originals): same_fields(games.game(i), game, games.layout, apart)
+    assert encode_dataset(folder, EMBEDDED, tmp_path/"shards", progress=False)["refused"] == {}
+    shards = open_shards(tmp_path/"shards", layout_of(EMBEDDED.encoding))
+    for i, game in enumerate(originals): same_fields(shards.game(i), game, shards.layout, apart)
+    for i, game in enumerate(originals):
+        back = read_game(folder, f"{i:032x}")
+        assert (back.stage, back.characters, back.info, back.items) == (game.stage, game.characters, {"source": "predecessor"}, None)
+        assert all(np.array_equal(back[f"state_flags_{n}"], game[f"state_flags_{n}"]) for n in range(1, 6)) and "hitstun" not in back
+
+
+def test_stages_of_the_teams_games(practice, tmp_path):
+    "Slippi's id is not taken for libmelee's; where the match begins decides, and where nobody can tell, what the file says."
+    here, aside = practice[0], Game(practice[0].stage, practice[0].columns | {"x": practice[0]["x"] + np.float32(5)})
+    cases = [(here, None, here.stage), (here, 0, here.stage), (aside, 8, 8), (aside, 2, 2), (aside, 0, 0)]
+    folder = team_folder(tmp_path/"team", [team_struct(game, stage=said) for game, said, _ in cases])
+    assert [read_game(folder, f"{i:032x}").stage for i in range(len(cases))] == [stage for *_, stage in cases]
+
+
+def test_the_teams_rows_played_twice_and_their_items(practice, tmp_path):
+    "Rows that a rollback replaced go, and each item stays with its frame: here its x is the first player's."
+    game, T = practice[0], len(practice[0])
+    alive = np.arange(T) % 50 < 20
+    item = {"exists": alive, "type": np.full(T, 54, "uint16"), "state": np.ones(T, "uint8"), "x": game["x"][:, 0].copy(), "y": np.arange(T, dtype="float32")}
+    twice = np.sort(np.r_[np.arange(T), np.arange(200, 1200, 9)])
+    folder = team_folder(tmp_path/"team", [team_struct(game, items={"item_3": item}).take(pa.array(twice))])
+    back = read_game(folder, f"{0:032x}")
+    dropped = len(twice) - len(back)
+    assert .5*(len(twice) - T) < dropped <= len(twice) - T + 2
+    frame = back.items["frame"]
+    assert frame.dtype == np.int32 and (np.diff(frame) > 0).all() and frame[-1] < len(back)
+    assert np.array_equal(back.items["x"], back["x"][frame, 0]) and set(back.items["type"].tolist()) == {54}
+    assert abs(len(frame) - alive.sum()) < .2*len(twice)
+    kept = np.unique(back.items["y"]).astype(int)
+    assert len(kept) >= alive.sum() - 2   # nobody's item is lost with the repeats
+
+
+def test_what_the_teams_games_lack_is_named(practice, tmp_path):
+    "Zeros for what a replay lacked are not believed, and a folder from before v2.1 trains what it can."
+    game = practice[0]
+    zeros = Game(game.stage, game.columns | {name: np.zeros_like(game[name]) for name in ("hitlag", *(f"state_flags_{i}" for i in range(1, 6)))})
+    early = ("l_cancel", "hurtbox_state", "ground", "last_attack_landed", "combo_count", *(f"state_flags_{i}" for i in range(5)), "hitstun_remaining")
+    folder = team_folder(tmp_path/"team", [team_struct(zeros), team_struct(game, "processed", without=early)])
+    lacking, old = (read_game(folder, f"{i:032x}") for i in (0, 1))
+    assert {"hitlag", "state_flags_1", "state_flags_5"}.isdisjoint(lacking.columns) and "ground" in lacking
+    assert {"hitlag", "speed_y", "stocks", "hurtbox_state"} <= set(old.columns) and set(early[:1] + early[2:]).isdisjoint(old.columns)
+    with pytest.raises(UserError, match="missing column.*hitlag.*got one parsed by predecessor"): lacking["hitlag"]
+    with pytest.raises(UserError, match="no game is left") as error: load(folder, layout_of(load_config("v2.1").encoding), progress=False)
+    assert "hitlag" in str(error.value) and "l_cancel" in str(error.value)
+
+
+def test_a_build_leaves_the_teams_folder_alone(practice, practice_slp, tmp_path):
+    folder = team_folder(tmp_path/"team", [team_struct(practice[0])])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="made by another program"): build([practice_slp], folder, progress=False)
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 # ----- checkpoints
