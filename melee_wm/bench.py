@@ -195,7 +195,7 @@ def bench_encode(setup: Setup) -> list[Result]:
     size = sum(s["bytes"] for s in index["shards"])/index["frames"]
     item_size = sum(s["bytes"] for s in item_index["shards"])/item_index["frames"]
     config = load_config("mamba2-1a")
-    starts = [s for _, s in zip(range(8), epoch_starts(games, 10, 512))]
+    starts = [s for _, s in zip(range(4), epoch_starts(games, 10, 512))]
     step = training_step(config, gather(games, starts[0], 10))
     seconds = take_turns({"batch": lambda s: gather(games, s, 10), "items": lambda s: gather(with_items, s, 10), "step": lambda s: step()}, starts, max(2, setup.repeats//2))
     ms = {name: 1e3*s.mean(1) for name, s in seconds.items()}
