@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'Result', 'beside', 'take_turns', 'Setup', 'loose_games', 'bench_parse', 'training_step', 'bench_encode',
-           'own_memory', 'replicate', 'bench_epoch', 'machine', 'run_bench', 'bench_table', 'draw_bench']
+           'own_memory', 'walk_epoch', 'replicate', 'bench_epoch', 'machine', 'run_bench', 'bench_table', 'draw_bench']
 
 # %% ../nbs/80_bench.ipynb #0002
-import os, platform, random, re, shutil, subprocess, sys, tempfile, time, zipfile
+import multiprocessing, os, platform, random, re, shutil, tempfile, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -204,26 +205,20 @@ def bench_encode(setup: Setup) -> list[Result]:
         beside("encode: batch with items", "ms", ms["items"], ms["step"], "a training step of mamba2-1a", "≤ 0.05", "the same with two projectiles a player")]
 
 # %% ../nbs/80_bench.ipynb #0021
-_EPOCH = """
-import sys, time
-import melee_wm.bench as bench
-from melee_wm.shards import open_shards
-from melee_wm.config import load_config
-from melee_wm.encoding import layout_of
-from melee_wm.batches import batches
-games = open_shards(sys.argv[1], layout_of(load_config(sys.argv[2]).encoding))
-began, peak, frames = time.perf_counter(), 0, 0
-for i, batch in enumerate(batches(games, 60, 128, stride=60, positions=60)):
-    frames += batch.target.stage.numel()
-    if i % 50 == 0: peak = max(peak, bench.own_memory())
-print(frames, games.frames, max(peak, bench.own_memory()), time.perf_counter() - began)
-"""
-
 def own_memory() -> int:
     "Bytes of this process's anonymous memory (Linux: RssAnon; elsewhere what is not shared)."
     status = Path("/proc/self/status")
     if not status.is_file(): return psutil.Process().memory_full_info().uss
     return 1024*int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1])
+
+def walk_epoch(folder: Path, experiment: str) -> tuple[int, int, int, float]:
+    "Sample an epoch of some shards in stretches of 60 frames: targets seen, frames there are, peak of own memory in bytes, seconds."
+    games = open_shards(folder, layout_of(load_config(experiment).encoding))
+    began, peak, seen = time.perf_counter(), 0, 0
+    for i, batch in enumerate(batches(games, 60, 128, stride=60, positions=60)):
+        seen += batch.target.stage.numel()
+        if i % 50 == 0: peak = max(peak, own_memory())
+    return seen, games.frames, max(peak, own_memory()), time.perf_counter() - began
 
 def replicate(source: Path, games: int, output: Path) -> int:
     "Copy shards until they hold so many games, as far as four fifths of the free disk reach; returns how many there are."
@@ -245,9 +240,7 @@ def bench_epoch(setup: Setup) -> list[Result]:
     "Memory and speed of sampling an epoch of 22,000 games, and how long training waits for it."
     _, index = _shards(setup, "projectiles")
     games = replicate(setup.folder/"projectiles", 22_000, setup.folder/"large")
-    done = subprocess.run([sys.executable, "-c", _EPOCH, setup.folder/"large", "projectiles"], capture_output=True, text=True)
-    if done.returncode: raise UserError("the epoch could not be walked through", got=done.stderr.strip().splitlines()[-1])
-    seen, frames, peak, seconds = (float(v) for v in done.stdout.split())
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh: seen, frames, peak, seconds = fresh.submit(walk_epoch, setup.folder/"large", "projectiles").result()
     config = load_config("mamba2-1a")
     large = open_shards(setup.folder/"large", layout_of(config.encoding))
     step, coming, waits, steps = training_step(config, gather(large, torch.tensor([0]*512), 10)), batches(large, 10, 512), [], []
