@@ -188,6 +188,7 @@ def epoch_starts(
         if len(rest) == batch_size: yield rest; rest = rest[:0]
     if len(rest): yield rest
 
+# %% ../nbs/24_batches.ipynb #0036
 _AHEAD = 3   # batches that are being read from files while one is used
 
 def batches(

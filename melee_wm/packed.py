@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import Iterable, NamedTuple, Sequence
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from .frame import COLUMNS, FIRST_FRAME, Game
 from .parsed import fingerprint
@@ -183,42 +184,6 @@ class Games:
     @cached_property
     def _borders(self) -> Tensor: return torch.tensor((0, *self.sizes)).cumsum(0)   # (P + 1,)
 
-    def _fetch(self, starts: Tensor, span: int) -> tuple[Tensor, Tensor | None]:
-        "The bytes of windows: rows (B, span, R), and items on a full grid (B, span, 2 * slots, W) where the encoding has any."
-        starts, order = starts.sort()                                                     # in the order of the pieces
-        which = torch.searchsorted(self._borders, starts, right=True) - 1                 # (B,) piece of each window
-        touched, counts = (t.tolist() for t in which.unique_consecutive(return_counts=True))
-        ends = np.cumsum([0, *counts]).tolist()
-        pieces = [(self.pieces[i], slice(a, b)) for i, a, b in zip(touched, ends, ends[1:])]
-        device = pieces[0][0].rows.device
-        local, back = (starts - self._borders[which]).to(device), order.argsort().to(device)
-        rows = torch.empty(len(starts), span*self.packing.row_bytes, dtype=torch.uint8, device=device)
-        for piece, some in pieces: _windows(piece.rows, local[some], span, rows[some])
-        items = self._fetch_items(pieces, local, span)[back] if self.layout.slots else None
-        return rows.view(-1, span, self.packing.row_bytes)[back], items
-    def _fetch_items(self, pieces: list, local: Tensor, span: int) -> Tensor:
-        "(B, span, 2 * slots, W): the items of windows, each at its place; nothing is all zeros."
-        ends = torch.empty(len(local), span + 1, dtype=torch.int32, device=local.device)
-        for piece, some in pieces: _windows(piece.ends[:, None], local[some], span + 1, ends[some])
-        counts, first = ends.diff().flatten().long(), ends[:, :-1].flatten().long()                            # (B * span,)
-        frame = torch.arange(len(counts), device=local.device).repeat_interleave(counts)                       # (M,) of each item
-        entry = torch.arange(len(frame), device=local.device) + (first - counts.cumsum(0) + counts)[frame]     # (M,) its row in the piece
-        found = torch.empty(len(frame), self.packing.item_bytes, dtype=torch.uint8, device=local.device)
-        borders = [0, *counts.view(-1, span).sum(1).cumsum(0)[[some.stop - 1 for _, some in pieces]].tolist()]
-        for (piece, _), a, b in zip(pieces, borders, borders[1:]):
-            if b > a: torch.index_select(piece.items, 0, entry[a:b], out=found[a:b])
-        grid = torch.zeros(len(counts), 2*self.packing.slots, self.packing.item_bytes, dtype=torch.uint8, device=local.device)
-        grid[frame, found[:, _place(self.packing)].long()] = found
-        return grid.unflatten(0, (-1, span))
-    def columns(self, starts: Tensor, span: int) -> tuple[dict[str, Tensor], Tensor]:
-        "Columns in game units, each (B, span, 2), and the stage (B, span), of `span` frames from each of the rows `starts` (B,)."
-        rows, items = self._fetch(starts, span)
-        columns, stage = unpack_rows(rows, self.packing)
-        return columns | (unpack_items(items, self.packing) if items is not None else {}), stage
-    def at(self, starts: Tensor, span: int) -> Frames:
-        "The encoded frames (B, span, ...) from each of the rows `starts`. Ids come as int64."
-        frames = encode(*self.columns(starts, span), self.layout)
-        return frames._replace(stage=frames.stage.long())
     def game(self, i: int) -> Frames:
         "All frames of one game, (T, ...)."
         return self.at(self.begins[i:i + 1], int(self.lengths[i])).map(lambda t: t[0])
@@ -237,6 +202,51 @@ class Games:
         return [self._only((piece == p).nonzero()[:, 0].tolist()) for p in piece.unique().tolist()]
 
 # %% ../nbs/23_packed.ipynb #0023
+@patch
+def _fetch(self: Games, starts: Tensor, span: int) -> tuple[Tensor, Tensor | None]:
+    "The bytes of windows: rows (B, span, R), and items on a full grid (B, span, 2 * slots, W) where the encoding has any."
+    starts, order = starts.sort()                                                     # in the order of the pieces
+    which = torch.searchsorted(self._borders, starts, right=True) - 1                 # (B,) piece of each window
+    touched, counts = (t.tolist() for t in which.unique_consecutive(return_counts=True))
+    ends = np.cumsum([0, *counts]).tolist()
+    pieces = [(self.pieces[i], slice(a, b)) for i, a, b in zip(touched, ends, ends[1:])]
+    device = pieces[0][0].rows.device
+    local, back = (starts - self._borders[which]).to(device), order.argsort().to(device)
+    rows = torch.empty(len(starts), span*self.packing.row_bytes, dtype=torch.uint8, device=device)
+    for piece, some in pieces: _windows(piece.rows, local[some], span, rows[some])
+    items = self._fetch_items(pieces, local, span)[back] if self.layout.slots else None
+    return rows.view(-1, span, self.packing.row_bytes)[back], items
+
+@patch
+def _fetch_items(self: Games, pieces: list, local: Tensor, span: int) -> Tensor:
+    "(B, span, 2 * slots, W): the items of windows, each at its place; nothing is all zeros."
+    ends = torch.empty(len(local), span + 1, dtype=torch.int32, device=local.device)
+    for piece, some in pieces: _windows(piece.ends[:, None], local[some], span + 1, ends[some])
+    counts, first = ends.diff().flatten().long(), ends[:, :-1].flatten().long()                            # (B * span,)
+    frame = torch.arange(len(counts), device=local.device).repeat_interleave(counts)                       # (M,) of each item
+    entry = torch.arange(len(frame), device=local.device) + (first - counts.cumsum(0) + counts)[frame]     # (M,) its row in the piece
+    found = torch.empty(len(frame), self.packing.item_bytes, dtype=torch.uint8, device=local.device)
+    borders = [0, *counts.view(-1, span).sum(1).cumsum(0)[[some.stop - 1 for _, some in pieces]].tolist()]
+    for (piece, _), a, b in zip(pieces, borders, borders[1:]):
+        if b > a: torch.index_select(piece.items, 0, entry[a:b], out=found[a:b])
+    grid = torch.zeros(len(counts), 2*self.packing.slots, self.packing.item_bytes, dtype=torch.uint8, device=local.device)
+    grid[frame, found[:, _place(self.packing)].long()] = found
+    return grid.unflatten(0, (-1, span))
+
+@patch
+def columns(self: Games, starts: Tensor, span: int) -> tuple[dict[str, Tensor], Tensor]:
+    "Columns in game units, each (B, span, 2), and the stage (B, span), of `span` frames from each of the rows `starts` (B,)."
+    rows, items = self._fetch(starts, span)
+    columns, stage = unpack_rows(rows, self.packing)
+    return columns | (unpack_items(items, self.packing) if items is not None else {}), stage
+
+@patch
+def at(self: Games, starts: Tensor, span: int) -> Frames:
+    "The encoded frames (B, span, ...) from each of the rows `starts`. Ids come as int64."
+    frames = encode(*self.columns(starts, span), self.layout)
+    return frames._replace(stage=frames.stage.long())
+
+# %% ../nbs/23_packed.ipynb #0025
 def pack_game(game: Game, layout: Layout) -> Piece:
     "One game, packed for an encoding. Raises `EncodingRefused` where the encoding cannot have it."
     check_encodable(game, layout)
