@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .frame import Game
-from .parsed import load_games, read_meta
+from .dataset import load_games, read_meta
 from .encoding import EncodingRefused, Frames, Layout, controls_of, next_controls, source_columns, take
 from .packed import Games, Piece, games_in, join, pack_game
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np, peppi_py, psutil, py7zr
 from .core import UserError, replays_dir, write_json
-from .parsed import identify, load_games, parse_replay
-from .build import build, find_files, replays_in
+from .archives import find_files, replays_in
+from .dataset import identify, load_games, parse_replay
+from .build import build
 from .practice import write_practice
 from .config import load_config
 from .encoding import layout_of, source_columns

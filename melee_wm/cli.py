@@ -63,7 +63,7 @@ def data_build(
     json_: JsonFlag = False):
     "Build or extend a parsed dataset. Example: melee-wm data build ~/Slippi --output data --workers 4"
     from melee_wm.build import build, summary
-    from melee_wm.parsed import named_filter
+    from melee_wm.dataset import named_filter
     result = build(inputs, output, workers=workers, keep=named_filter(character or (), stage or (), version, min_frames, max_frames))
     _print_json(result) if json_ else print(summary(result))
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HeadGroup', 'ModelConfig', 'LossWeights', 'EXPERIMENTS', 'EncodingConfig', 'MLPConfig', 'Mamba2Config', 'DataConfig',
-           'KillConfig', 'TrainingConfig', 'EvaluationConfig', 'Config', 'experiment_names', 'load_config',
-           'make_config', 'to_dict', 'flatten', 'config_hash', 'diff']
+           'KillConfig', 'ScheduledSampling', 'SelfForcing', 'TrainingConfig', 'EvaluationConfig', 'Config',
+           'experiment_names', 'load_config', 'make_config', 'to_dict', 'flatten', 'config_hash', 'diff']
 
 # %% ../nbs/21_config.ipynb #0002
 import difflib, hashlib, json
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal, Union, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from .core import UserError
@@ -43,6 +43,7 @@ class _Model(_Strict):
     heads: tuple[HeadGroup, ...] = DEFAULT_GROUPS  # `projectiles` goes with encoding.projectiles
     dropout: float = Field(0.1, ge=0, lt=1)
     integrate_positions: bool = True               # where the velocity head exists; see `nextframe`
+    two_hot: tuple[str, ...] = ()                  # fields of numbers that are predicted as classes on a grid; see `heads`
 
 class MLPConfig(_Model):
     "FrameStackMLP: K frames flattened through two hidden layers."
@@ -86,19 +87,44 @@ class KillConfig(_Strict):
     epoch_hours: float | None = Field(None, gt=0)  # an epoch longer than this
     floors: dict[str, float] = {}                  # metric -> least value after epoch 1 (errors: greatest), e.g. val_metric/action_change_acc: 0.6
 
+# %% ../nbs/21_config.ipynb #0011
+class ScheduledSampling(_Strict):
+    "Noise in the last frames of what the model sees; never in percent, stocks, hitlag, combo or ids."
+    rate: float = Field(0.3, ge=0, le=1)           # share of the windows, once annealed
+    noise: float = Field(0.1, ge=0)                # standard deviation, encoded units
+    anneal_epochs: float = Field(3, ge=0)          # over which the share rises from 0
+    corrupt: int = Field(3, ge=1)                  # frames
+
+class SelfForcing(_Strict):
+    "The model's own predictions in place of true frames."
+    share: float = Field(0.2, ge=0, le=1)          # of the batches
+    steps: int = Field(3, ge=1, le=16)                    # predicted frames in a row; from 1 up to this over the run
+
 class TrainingConfig(_Strict):
     "How the weights are found: AdamW, linear warm-up, cosine decay to zero."
     epochs: int = Field(10, ge=1)
     minutes: float | None = Field(None, gt=0)      # wall-clock budget of the training loop
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1)             # windows; with sequence_len, games that are read side by side
+    sequence_len: int | None = Field(None, ge=2)   # frames read at a time, a loss at each, memory carried on; None: windows of context_len
+    forget: float = Field(0.1, ge=0, le=1)         # share of the sequences that begin with an empty memory
+    accumulate: int = Field(1, ge=1)               # batches whose gradients make one step
+    precision: Literal["float32", "bfloat16"] = "float32"   # of the matrix products
+    recompute: bool = False                        # layers again in the backward pass: less memory, a third more work
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-5, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)        # share of the run
     clip_grad: float | None = Field(1.0, gt=0)     # largest gradient norm
     float_loss: Literal["mse", "l1", "huber"] = "mse"
+    float_losses: dict[str, Literal["mse", "l1", "huber"]] = {}   # for single fields
     loss_weights: LossWeights = LossWeights()
+    action_change_weight: float = Field(1, gt=0)   # of the action loss where the action changes
+    unimix: float = Field(0, ge=0, lt=1)           # share of an even distribution in every class head's probabilities
+    context_noise: float = Field(0, ge=0)          # of a random walk over the context, encoded units per frame
+    scheduled_sampling: ScheduledSampling | None = None
+    self_forcing: SelfForcing | None = None
     best: str = "val_loss/total"                   # the metric whose lowest value makes `best` (highest for accuracies)
     log_interval: int = Field(100, ge=1)           # batches between log lines
+    checkpoint_minutes: float = Field(10, gt=0)    # between checkpoints within an epoch
     seed: int = 0
     kill: KillConfig = KillConfig()
 
@@ -110,7 +136,7 @@ class EvaluationConfig(_Strict):
     max_games: int | None = Field(200, ge=1)       # of a run's held-out games, the first so many by MD5: bounds time and memory
     bootstrap: int = Field(1000, ge=1)             # resamples of games for the interval
 
-# %% ../nbs/21_config.ipynb #0011
+# %% ../nbs/21_config.ipynb #0013
 class Config(_Strict):
     "One experiment."
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -130,16 +156,20 @@ class Config(_Strict):
             lacking = [n for h in HEAD_GROUPS[group] for n in HEADS[h].fields if n not in seen and not HEADS[h].items]
             if lacking: raise ValueError(f"heads: {group} predicts {', '.join(lacking)}, which fields: {self.encoding.fields} does not have")
         if "core" not in self.model.heads: raise ValueError("heads must contain core")
+        numbers = {f for g in self.model.heads for h in HEAD_GROUPS[g] for f in HEADS[h].fields if HEADS[h].target in ("delta", "absolute") and not HEADS[h].items}
+        for key, names in (("model.two_hot", self.model.two_hot), ("training.float_losses", self.training.float_losses)):
+            if unknown := set(names) - numbers: raise ValueError(f"{key}: {sorted(unknown)[0]} is not a number that the heads predict: {', '.join(sorted(numbers))}")
+        if self.training.sequence_len and self.model.arch != "mamba2": raise ValueError(f"training.sequence_len needs a model with a memory, model.arch: mamba2; got {self.model.arch}")
         return self
 
-# %% ../nbs/21_config.ipynb #0013
+# %% ../nbs/21_config.ipynb #0015
 def _known_keys(loc) -> list[str]:
     "The keys that would have been allowed where `loc` (a pydantic error location) points."
     model = Config
     for part in loc[:-1]:
         if part in ("mlp", "mamba2"): model = {"mlp": MLPConfig, "mamba2": Mamba2Config}[part]
         elif isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = _Model if part == "model" else model.model_fields[part].annotation
+            model = _Model if part == "model" else next((t for t in get_args(model.model_fields[part].annotation) if isinstance(t, type) and issubclass(t, _Strict)), model.model_fields[part].annotation)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 def _user_error(error: ValidationError, where) -> UserError:
@@ -152,7 +182,7 @@ def _user_error(error: ValidationError, where) -> UserError:
     got = None if first["type"] == "value_error" else repr(first["input"])
     return UserError("bad value", f"{where}: {path or 'experiment'}", expected=first["msg"].removeprefix("Value error, "), got=got)
 
-# %% ../nbs/21_config.ipynb #0015
+# %% ../nbs/21_config.ipynb #0017
 EXPERIMENTS = Path(__file__).parent/"experiments" if "__file__" in globals() else Path("../melee_wm/experiments")
 
 def experiment_names() -> list[str]:
@@ -203,20 +233,24 @@ def to_dict(config: Config) -> dict:
     "The whole configuration as plain JSON values; `make_config` reads it back."
     return config.model_dump(mode="json")
 
-# %% ../nbs/21_config.ipynb #0019
+# %% ../nbs/21_config.ipynb #0021
 def flatten(value, prefix: str = "") -> dict:
     "Nested mapping as `{'section.key': value}`."
     if not isinstance(value, dict) or not value: return {prefix: value}
     return {k: v for key, part in value.items() for k, v in flatten(part, f"{prefix}.{key}" if prefix else key).items()}
 
-_NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.log_interval", "training.kill")
+_NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.log_interval", "training.checkpoint_minutes", "training.kill")
 
 _WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
+
+_CAME_LATER = ("model.two_hot", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses",
+    "training.action_change_weight", "training.unimix", "training.context_noise", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
 
 def config_hash(config: Config) -> str:
     "Twelve hex digits over everything that changes results."
     silent = _NOT_HASHED if config.encoding.projectiles else (*_NOT_HASHED, *_WITHOUT_ITEMS)
-    kept = {k: v for k, v in flatten(to_dict(config)).items() if not k.startswith(silent)}
+    default = flatten(to_dict(Config(name="default")))
+    kept = {k: v for k, v in flatten(to_dict(config)).items() if not k.startswith(silent) and not (k.startswith(_CAME_LATER) and v == default.get(k))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 def diff(a: Config, b: Config) -> dict[str, tuple]:

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'KS', 'MEASURES', 'choose_starts', 'random_starts', 'Chunk', 'chunks', 'item_scores', 'Scores',
-           'score_rollouts', 'resample', 'interval', 'item_report', 'report', 'teacher_forced', 'json_safe', 'evaluate',
+           'score_rollouts', 'resample', 'interval', 'item_report', 'report', 'teacher_forced', 'evaluate',
            'verdict_sentences', 'scorecard', 'plot_scorecard']
 
 # %% ../nbs/47_evaluate.ipynb #0002
-from .core import UserError
-import math
+from .core import UserError, json_safe
 from collections import ChainMap, defaultdict
 from typing import Iterator, NamedTuple
 import matplotlib.pyplot as plt
@@ -224,13 +223,6 @@ def _one_step_baselines(games: list[tuple[str, Game]], context_len: int) -> dict
     return {name: float(np.concatenate([s[key] for s in scored]).mean()) if all(key in s for s in scored) else None for key, name in names.items()}
 
 # %% ../nbs/47_evaluate.ipynb #0025
-def json_safe(value):
-    "The same with plain Python numbers and lists, and None for anything not finite."
-    if isinstance(value, dict): return {str(k): json_safe(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [json_safe(v) for v in value]
-    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)): return json_safe(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
 def evaluate(
     model: nn.Module,                            # from `build_model` or a checkpoint
     games: list[tuple[str, Game]],               # (md5, game), not trained on

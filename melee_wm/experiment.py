@@ -7,7 +7,7 @@ __all__ = ['ROLLOUT_FRAMES', 'Chosen', 'read_holdout', 'provenance', 'choose_gam
            'run_status', 'choose_device', 'quiet_start', 'measure_run', 'run_experiment']
 
 # %% ../nbs/54_experiment.ipynb #0002
-from .core import UserError, project_root, setting, write_json
+from .core import UserError, json_safe, project_root, setting, write_json
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,7 @@ from .baselines import calm_starts
 from .export import rollout, write_rollout
 from .evaluate import evaluate
 from .checkpoint import code_version, load_model, load_training_state, machine, now, read_manifest, update_manifest, versions
-from .track import Tracker, json_safe, read_metrics
+from .track import Tracker, read_metrics
 from .train import Outcome, train
 
 # %% ../nbs/54_experiment.ipynb #0007
@@ -61,8 +61,8 @@ def choose_games(config: Config, data, progress: bool = True) -> Chosen:
     never = [r["slp_md5"] for r in records if held & {r["slp_md5"], *r.get("aliases", ())}]   # the same game saved again has another MD5
     if is_shards(data):
         if d.buffer_size: raise UserError("nothing to stream", data, expected="a parsed dataset for --streaming", got="shards, which take no memory", do="leave --streaming away")
-        games = open_shards(data, layout, d.max_games, never)
-        md5s, refused, untrusted = games.md5s, read_index(data)["refused"], read_index(data).get("untrusted", {})
+        games, index = open_shards(data, layout, d.max_games, never), read_index(data)
+        md5s, refused, untrusted = games.md5s, index["refused"], index.get("untrusted", {})
     elif d.buffer_size:
         lengths, refused = survey(data, layout, d.max_games, never, progress)
         md5s = lengths

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .melee import BUTTON_BITS, external_of, ground_of
 from .frame import COLUMNS, Game
 from .repair import processed, repeated, stage_of_spawns, without_absent
-from .parsed import MIN_FRAMES
+from .dataset import MIN_FRAMES
 from .fields import BUTTONS, BY_NAME, HEADS, Field
 from .config import Config, EncodingConfig, load_config
 from .encoding import EncodingRefused, Layout, layout_of

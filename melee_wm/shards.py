@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from .melee import BUTTON_BITS, EXTERNAL, STAGE_NAMES, ground_of
 from .frame import COLUMNS, Game
-from .parsed import fingerprint, load_games, read_game, read_meta
+from .parsed import fingerprint, read_game
+from .dataset import load_games, read_meta
 from .fields import BUTTONS
 from .config import Config, EncodingConfig, config_hash, to_dict
 from .encoding import EncodingRefused, Layout, items_of, layout_of, source_columns

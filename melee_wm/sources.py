@@ -17,7 +17,7 @@ from typing import NamedTuple
 import httpx
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .build import ARCHIVES, count_replays, replays_in
+from .archives import ARCHIVES, count_replays, replays_in
 from .core import UserError, write_json
 
 # %% ../nbs/12_sources.ipynb #0005

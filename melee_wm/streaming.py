@@ -15,7 +15,7 @@ from typing import Iterable
 import psutil
 import torch
 from tqdm import tqdm
-from .parsed import load_games, read_meta
+from .dataset import load_games, read_meta
 from .encoding import EncodingRefused, Layout, source_columns
 from .packed import Games, Piece, join, pack_game, packing_of
 

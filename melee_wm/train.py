@@ -7,7 +7,7 @@ __all__ = ['progress_of', 'rate_factor', 'add_up', 'means', 'measure', 'measure_
            'stop_signals', 'Position', 'Outcome', 'resumed_position', 'train_epoch', 'finish_epoch', 'train']
 
 # %% ../nbs/53_train.ipynb #0002
-from .core import UserError
+from .core import UserError, json_safe
 import json, math, signal, threading, time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .losses import loss
 from .metrics import batch_metrics, summarise
 from .world import World
 from .checkpoint import describe_checkpoint, load_training_state, restore, save_checkpoint, save_training_state, training_state
-from .track import Tracker, json_safe, read_metrics
+from .track import Tracker, read_metrics
 
 # %% ../nbs/53_train.ipynb #0007
 def progress_of(
@@ -98,8 +98,9 @@ def measure_rollout(
 
 # %% ../nbs/53_train.ipynb #0016
 def is_better(name: str, a: float, b: float) -> bool:
-    "Whether `a` beats `b` as a value of the metric `name`: larger for accuracies, smaller for losses and errors."
-    return a > b if "acc" in name.rpartition("/")[2] or "action_acc/" in name else a < b
+    "Whether `a` beats `b` as a value of the metric `name`: larger for accuracies and recalls, smaller for losses and errors."
+    last = name.rpartition("/")[2]
+    return a > b if "recall" in last or "acc" in last or "action_acc/" in name else a < b
 
 def reason_to_stop(
     training: TrainingConfig,

@@ -20,7 +20,8 @@ from melee_wm.config import EncodingConfig, load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import EncodingRefused, controls_of, encode_game, layout_of, next_controls, preflight
 from melee_wm.packed import pack_game, packing_of
-from melee_wm.parsed import fingerprint, load_games, write_game, record_of
+from melee_wm.parsed import fingerprint, write_game
+from melee_wm.dataset import load_games, record_of
 
 from made_up import made_up_game, without
 from test_encoding import ENCODINGS, FULL
@@ -312,7 +313,8 @@ def test_training_is_the_same_from_memory_files_and_a_stream(tmp_path):
 
 def test_every_real_game_survives_shards(replays, tmp_path):
     "Raw replay -> shard -> tensors equals raw replay -> tensors: every field of every game, to the bit, items included."
-    from melee_wm.build import build, find_files, replays_in
+    from melee_wm.build import build
+    from melee_wm.archives import find_files, replays_in
     from melee_wm.slp import ReplayError, read_slp
     import hashlib
     build([replays], tmp_path/"parsed", workers=2, progress=False)

@@ -11,7 +11,8 @@ from py7zr.io import BytesIOFactory
 from melee_wm.build import SECONDS_PER_REPLAY, build
 from melee_wm.core import replays_dir
 from melee_wm.frame import check
-from melee_wm.parsed import read_game, read_meta
+from melee_wm.parsed import read_game
+from melee_wm.dataset import read_meta
 from melee_wm.slp import ReplayError
 from melee_wm.slpz import slp_to_slpz
 

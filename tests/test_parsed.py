@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from melee_wm import build as build_module, core
-from melee_wm.build import build, draw_info, find_files, info, replays_in, summary
+from melee_wm.build import build, draw_info, info, summary
+from melee_wm.archives import find_files, replays_in
 from melee_wm.core import UserError
 from melee_wm.frame import COLUMNS, ITEM_COLUMNS, STAGE_EVENTS, Game
-from melee_wm.parsed import (SLIPPI_AI, Filter, content_hash, fingerprint, item_slots, load_games, named_filter, parse_replay, ranks_in, read_game, read_meta,
-    record_of, to_struct, write_game)
+from melee_wm.parsed import SLIPPI_AI, content_hash, fingerprint, item_slots, read_game, to_struct, write_game
+from melee_wm.dataset import Filter, load_games, named_filter, parse_replay, ranks_in, read_meta, record_of
 from melee_wm.slp import read_slp, write_slp
 from melee_wm.slpz import slp_to_slpz
 
@@ -367,14 +368,14 @@ def test_ctrl_c_leaves_a_dataset(heap, tmp_path):
 def test_a_replay_that_kills_or_blocks_the_reader(heap, tmp_path, matches, monkeypatch):
     killer, sleeper = (hashlib.md5(matches[i]).hexdigest() for i in (3, 2))
     program = f"""
-import os, time, melee_wm.parsed as parsed
-honest = parsed.parse_replay
+import os, time, melee_wm.dataset as dataset
+honest = dataset.parse_replay
 def parse_replay(**task):
     if task["md5"] == {killer!r}: os.abort()
     if task["md5"] == {sleeper!r}: time.sleep(60)
     return honest(**task)
-parsed.parse_replay = parse_replay
-parsed.serve()"""
+dataset.parse_replay = parse_replay
+dataset.serve()"""
     monkeypatch.setattr(build_module.Worker, "command", [sys.executable, "-c", program])
     monkeypatch.setattr(build_module.Worker.ask, "__defaults__", (2,))
     result = build([heap], tmp_path/"out", workers=2, progress=False)

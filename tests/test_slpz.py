@@ -5,7 +5,7 @@ import time
 import pyarrow as pa
 import pytest
 from melee_wm import slpz
-from melee_wm.build import replays_in
+from melee_wm.archives import replays_in
 from melee_wm.slp import ReplayError, read_slp
 from melee_wm.slpz import RAW_HEADER, event_lengths, slp_to_slpz, slpz_to_slp
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import py7zr
 import pytest
 from melee_wm import sources
-from melee_wm.build import find_files
+from melee_wm.archives import find_files
 from melee_wm.core import UserError
 from melee_wm.sources import SOURCES, TRIES, DownloadFailed, Source, fetch, fetched_text, find_source, list_sources, sources_text
 
