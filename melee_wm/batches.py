@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['GAMES_PER_PIECE', 'from_games', 'load', 'split', 'Batch', 'window_count', 'window_starts', 'gather', 'shuffled',
-           'phase_of', 'batch_count', 'epoch_starts', 'batches']
+           'phase_of', 'batch_count', 'epoch_starts', 'made_ahead', 'batches']
 
 # %% ../nbs/24_batches.ipynb #0002
 from .core import UserError
 import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterable, Iterator, NamedTuple
+from functools import partial
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
@@ -191,6 +192,16 @@ def epoch_starts(
 # %% ../nbs/24_batches.ipynb #0036
 _AHEAD = 3   # batches that are being read from files while one is used
 
+def made_ahead(games: Games, makers: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+    "What each maker makes of some games: when it is asked for where they lie in memory, ahead in a thread where they lie in files."
+    if games.where == "memory": yield from (make() for make in makers); return
+    with ThreadPoolExecutor(1) as reader:     # a disk makes one wait: better while the batch before is trained on
+        coming = deque()
+        for make in makers:
+            coming.append(reader.submit(make))
+            if len(coming) > _AHEAD: yield coming.popleft().result()
+        while coming: yield coming.popleft().result()
+
 def batches(
     games: Games,
     K: int,                  # frames of context
@@ -201,13 +212,8 @@ def batches(
     shuffle: bool = True,
     positions: int = 1,      # see `gather`
     stride: int = 1,         # see `epoch_starts`
+    rank: int = 0, ranks: int = 1,   # which process of how many: each gets its share of every batch
 ) -> Iterator[Batch]:
     "The batches of one epoch from `position` on; every window once. (seed, epoch, position) is all the state there is."
     every = epoch_starts(games, K, batch_size, seed, epoch, position, shuffle, stride)
-    if games.where == "memory": yield from (gather(games, starts, K, positions) for starts in every); return
-    with ThreadPoolExecutor(1) as reader:     # a disk makes one wait: better while the batch before is trained on
-        coming = deque()
-        for starts in every:
-            coming.append(reader.submit(gather, games, starts, K, positions))
-            if len(coming) > _AHEAD: yield coming.popleft().result()
-        while coming: yield coming.popleft().result()
+    yield from made_ahead(games, (partial(gather, games, starts[rank::ranks], K, positions) for starts in every))

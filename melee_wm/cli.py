@@ -135,7 +135,7 @@ def description(config: Config) -> dict:
     from melee_wm.mamba2 import parameter_count
     model = {**config.model.model_dump(mode="json"), "parameters": parameter_count(config)}
     return {"name": config.name, "config_hash": config_hash(config), "description": config.description,
-        "encoding": {**dims(config), **config.encoding.model_dump()}, "model": model, "heads": head_widths(config.model.heads, config.encoding.projectiles)}
+        "encoding": {**dims(config), **config.encoding.model_dump()}, "model": model, "heads": head_widths(config.model.heads, config.encoding.projectiles, config.model.two_hot)}
 
 @app.command()
 def describe(
@@ -198,6 +198,7 @@ def eval_(
     data: Annotated[Path, Option(help="a parsed dataset, or shards")],
     split: Annotated[str, Option(help="val, train or all")] = "val",
     games: Annotated[Optional[Path], Option(metavar="MD5FILE", help="evaluate on exactly these games, one MD5 a line")] = None,
+    memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto",
     json_: JsonFlag = False):
     "Score a model beside doing nothing. Example: melee-wm eval demo --data runs/demo/data"
@@ -208,7 +209,7 @@ def eval_(
     checkpoint = find_checkpoint(model)
     if split not in ("val", "train", "all"): raise UserError("bad --split", split, expected="val, train or all")
     wanted = _selected(data, split, games, read_manifest(checkpoint.parent.parent) or {})
-    result = evaluate(load_model(checkpoint, choose_device(device)), list(dataset_games(data, wanted)), split=games.stem if games else split)
+    result = evaluate(load_model(checkpoint, choose_device(device)), list(dataset_games(data, wanted)), split=games.stem if games else split, memory=memory)
     if json_: return _print_json(result)
     print(scorecard(result))
 
@@ -220,6 +221,7 @@ def rollout(
     seed_game: Annotated[Optional[Path], Option(metavar="SLP", help="the match whose frames and inputs seed the dream; default: a synthetic match")] = None,
     start: Annotated[int, Option(help="Slippi frame number of the last real frame")] = 120,
     teacher_forced: Annotated[bool, Option(help="predict each frame from the real one before it")] = False,
+    memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto"):
     "Dream on from a seed game under its inputs. Example: melee-wm rollout demo --frames 600 --output dream.slp"
     from melee_wm.checkpoint import load_model
@@ -227,9 +229,10 @@ def rollout(
     from melee_wm.export import rollout as roll, write_rollout
     from melee_wm.practice import practice_match
     from melee_wm.slp import read_slp
+    from melee_wm.world import World
     if output.suffix not in (".slp", ".json"): raise UserError("bad --output", output, expected="a name ending in .slp or .json")
     game = read_slp(seed_game) if seed_game else practice_match(0)
-    dream = roll(load_model(model, choose_device(device)), game, start, frames, teacher_forced=teacher_forced, seed_game=seed_game.stem if seed_game else "synthetic practice match 0")
+    dream = roll(World(load_model(model, choose_device(device)), memory=memory), game, start, frames, teacher_forced=teacher_forced, seed_game=seed_game.stem if seed_game else "synthetic practice match 0")
     write_rollout(dream, output)
     print(f"{frames} frames dreamt on from frame {start} in {output}")
 
@@ -285,14 +288,15 @@ def import_(
 
 @app.command()
 def bench(
-    names: Annotated[Optional[list[str]], Argument(metavar="[parse|encode|epoch|all]...", help="what to measure; epoch needs 25 GB of disk for a while")] = None,
+    names: Annotated[Optional[list[str]], Argument(metavar="[parse|encode|ssd|step|epoch|rollout|all]...", help="what to measure; epoch needs 25 GB of disk for a while")] = None,
     replays: Annotated[Optional[Path], Option(help="real replays to measure on; default: those of settings.ini, else synthetic matches")] = None,
     games: Annotated[int, Option(min=1, help="on how many games")] = 40,
     repeats: Annotated[int, Option(min=1)] = 5,
     json_: JsonFlag = False):
     "Measure speed and memory, each figure beside its reference. Example: melee-wm bench parse encode"
     from melee_wm.bench import bench_table, run_bench
-    report = run_bench(names or ["all"], replays, games, repeats)
+    from melee_wm.bench_model import BENCHES
+    report = run_bench(BENCHES, names or ["all"], replays, games, repeats)
     _print_json(report) if json_ else print(bench_table(report))
 
 # %% ../nbs/90_cli.ipynb #0024

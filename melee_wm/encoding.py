@@ -210,15 +210,19 @@ def columns_of(game: Game, layout: Layout) -> dict[str, np.ndarray]:
 def _scales(layout: Layout, device: torch.device) -> Tensor:
     with torch.inference_mode(False): return torch.tensor([BY_NAME[n].scale for n in layout.float_fields], dtype=torch.float32, device=device)   # (F,)
 
+def _beside(values: list[Tensor]) -> Tensor:
+    "Tensors (...) side by side, (..., n). Laid end to end and turned over once: half the time of `torch.stack(values, -1)`."
+    return torch.stack(values).movedim(0, -1).contiguous()
+
 def encode(
     columns: dict[str, Tensor],   # game units by field name, each (..., 2)
     stage: Tensor,                # (...) Slippi stage id
     layout: Layout,
 ) -> Frames:                      # floats (..., 2, F), ints (..., 2, I) int64
     "Scale the floats and collect the ids. An embedded `state_age` is rounded down and clipped to its vocabulary."
-    floats = torch.stack([columns[n].float() for n in layout.float_fields], -1)   # (..., 2, F)
+    floats = _beside([columns[n].float() for n in layout.float_fields])   # (..., 2, F)
     ints = [columns[n].floor().clamp(0, BY_NAME[n].vocab - 1) if n == "state_age" else columns[n] for n in layout.int_fields]
-    return Frames(floats * _scales(layout, floats.device), torch.stack([v.long() for v in ints], -1), stage)
+    return Frames(floats * _scales(layout, floats.device), _beside([v.long() for v in ints]), stage)
 
 def decode(frames: Frames, layout: Layout) -> dict[str, Tensor]:
     "Game units by field name, each (..., 2): float32, or int64 for categories. The inverse of `encode`."

@@ -21,7 +21,7 @@ from .slp import draw_match, write_slp
 from .fields import BUTTONS
 from .config import config_hash
 from .encoding import check_encodable, columns_of, items_of
-from .world import World, replayed_controls, seed_clock, seed_windows
+from .world import World, memories, replayed_controls, seed_clock, seed_windows
 
 # %% ../nbs/46_export.ipynb #0007
 class Rollout(NamedTuple):
@@ -80,7 +80,8 @@ def rollout(
         raise UserError("rollout outside the game", f"after frame {start}", expected=f"a start from frame {K - 1 + FIRST_FRAME} on and at most {max(0, left)} frames after it", got=f"{frames} frames")
     columns, rows = columns_of(game, layout), slice(row + 1, row + 1 + frames)
     starts = np.arange(row, row + frames) if teacher_forced else np.array([row])
-    world.reset(seed_windows(columns, starts, K), torch.tensor([game.stage]), seed_clock(columns, starts, game.ports))
+    memory = memories(world.model, columns, starts, np.zeros(len(starts), int), np.full(len(starts), game.stage)) if world.memory == "state" else None
+    world.reset(seed_windows(columns, starts, K), torch.tensor([game.stage]), seed_clock(columns, starts, game.ports), memory)
     fields = world.run(replayed_controls(columns, starts, (1 if teacher_forced else frames) + ahead))
     fields = {n: (v[:, 0] if teacher_forced else v[0]).cpu().numpy() for n, v in fields.items()}       # (frames, 2)
     made, carried = replay_columns(fields, game, row)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['State', 'ARCHITECTURES', 'init_rates', 'BlockState', 'Mamba2Block', 'Layer', 'FrameStackMamba2', 'build_model',
-           'parameter_count', 'load_weights']
+           'parameter_count', 'load_weights', 'keep_memory']
 
 # %% ../nbs/33_mamba2.ipynb #0002
 from .core import UserError
-import math, warnings
+import ctypes, math, sys, warnings
+from functools import partial
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from .config import Config, Mamba2Config
 from .encoding import Frames, layout_of
 from .heads import FrameEncoder, Heads, Prediction, check_inputs
@@ -33,6 +35,53 @@ class BlockState(NamedTuple):
     ssm: Tensor    # (B, H, P, N)
 
 # %% ../nbs/33_mamba2.ipynb #0010
+def _depthwise(
+    window: Tensor,    # (B, T + taps - 1, channels)
+    weight: Tensor,    # (channels, 1, taps)
+    bias: Tensor,      # (channels,)
+) -> Tensor:           # (B, T, channels)
+    "Each channel convolved with its own taps."
+    if window.is_cuda or torch.backends.mkldnn.is_available():
+        return F.conv2d(window.mT.unsqueeze(2), weight[:, :, None].to(window.dtype), bias.to(window.dtype), groups=len(weight)).squeeze(2).mT
+    T = window.shape[1] - weight.shape[-1] + 1
+    for i, tap in enumerate(weight[:, 0].T): bias = torch.addcmul(bias, window[:, i:i + T], tap)
+    return bias
+
+# %% ../nbs/33_mamba2.ipynb #0012
+class _Convolution(torch.autograd.Function):
+    "`_depthwise` with its gradients."
+    @staticmethod
+    def forward(ctx, window, weight, bias):
+        ctx.save_for_backward(window, weight)
+        return _depthwise(window, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g):
+        (window, weight), T = ctx.saved_tensors, g.shape[1]
+        taps = weight.shape[-1]
+        d_window = _depthwise(F.pad(g, (0, 0, taps - 1, taps - 1)), weight.flip(-1), weight.new_zeros(len(weight)))
+        d_taps = [(window[:, i:i + T]*g).sum((0, 1), dtype=weight.dtype) for i in range(taps)]
+        return d_window, torch.stack(d_taps, -1)[:, None], g.sum((0, 1), dtype=weight.dtype)
+
+# %% ../nbs/33_mamba2.ipynb #0015
+class _GatedNorm(torch.autograd.Function):
+    "`y*silu(z)` divided by its root mean square over the last dimension."
+    @staticmethod
+    def forward(ctx, y, z, eps):
+        normed = F.silu(z).mul_(y)
+        size = torch.linalg.vector_norm(normed, dim=-1, keepdim=True, dtype=torch.promote_types(y.dtype, torch.float32))
+        scale = (size.square()/y.shape[-1] + eps).rsqrt()                                # (..., 1)
+        ctx.save_for_backward(y, z, normed.mul_(scale), scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx, g):
+        y, z, normed, scale = ctx.saved_tensors
+        along = (g*normed).mean(-1, keepdim=True, dtype=scale.dtype)
+        g = torch.addcmul(g, normed, along.to(g.dtype), value=-1).mul_(scale)
+        return F.silu(z).mul_(g), torch.ops.aten.silu_backward(g*y, z), None
+
+# %% ../nbs/33_mamba2.ipynb #0018
 class Mamba2Block(nn.Module):
     "One Mamba-2 mixer, without the normalisation before it and the residual around it."
     def __init__(self, c: Mamba2Config):
@@ -52,13 +101,9 @@ class Mamba2Block(nn.Module):
         zeros = self.in_proj.weight.new_zeros
         return BlockState(zeros(batch, taps - 1, channels), zeros(batch, len(self.D), self.headdim, self.d_state))
 
-    def convolve(self, inputs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        "Causal depthwise convolution over (B, T, channels), given the inputs before it (None: zeros); also the inputs to keep."
-        T, taps = inputs.shape[1], self.conv1d.weight[:, 0].T                               # (d_conv, channels)
-        window = F.pad(inputs, (0, 0, len(taps) - 1, 0)) if before is None else torch.cat([before, inputs], 1)
-        out = self.conv1d.bias
-        for i, tap in enumerate(taps): out = torch.addcmul(out, window[:, i:i + T], tap)    # channels stay last: no transposition
-        return F.silu(out), window[:, T:]
+    def time_steps(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        "Time steps (..., H) from their projection, and rates (H,): in single precision, whatever the projection was made in."
+        return F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias), -self.A_log.exp()
 
     def forward(self,
         u: Tensor,                          # (B, T, D)
@@ -66,23 +111,32 @@ class Mamba2Block(nn.Module):
         last: int | None = None,            # outputs for the last so many positions only
         need_state: bool = False,           # whether to compute the state leaving the last frame
     ) -> tuple[Tensor, BlockState | None]:  # (B, last or T, D), state
-        T = u.shape[1]
+        T, taps = u.shape[1], self.conv1d.kernel_size[0]
+        if T == 1 and state is not None: return self.step(u, state)
         last = last or T
         gate_weight, weight = self.in_proj.weight.split([self.d_inner, self.in_proj.out_features - self.d_inner])
         z = F.linear(u[:, T - last:], gate_weight)                                          # (B, last, d_inner)
         xBC, dt = F.linear(u, weight).split([len(self.conv1d.weight), len(self.D)], -1)
-        xBC, conv = self.convolve(xBC, state and state.conv)
+        window = F.pad(xBC, (0, 0, taps - 1, 0)) if state is None else torch.cat([state.conv.to(xBC.dtype), xBC], 1)
+        xBC = F.silu(_Convolution.apply(window, self.conv1d.weight, self.conv1d.bias))
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
-        x = x.unflatten(-1, (-1, self.headdim))                                             # (B, T, H, P)
-        dt, A = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias), -self.A_log.exp()                    # (B, T, H), (H,)
-        if T == 1 and state is not None:
-            y, ssm = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.ssm)
-            y = y[:, None]
-        else: y, ssm = ssd_chunked(x, dt, A, B, C, state and state.ssm, self.chunk_size, need_state)
-        y = (y[:, T - last:] + self.D[:, None]*x[:, T - last:]).flatten(2)                  # (B, last, d_inner)
-        return self.out_proj(self.norm(y*F.silu(z))), BlockState(conv, ssm) if need_state else None
+        x, (dt, A) = x.unflatten(-1, (-1, self.headdim)), self.time_steps(dt)               # (B, T, H, P), (B, T, H), (H,)
+        y, ssm = ssd_chunked(x, dt, A, B, C, state and state.ssm, self.chunk_size, need_state, self.D)
+        y = _GatedNorm.apply(y[:, T - last:].flatten(2), z, self.norm.eps)                  # (B, last, d_inner)
+        return F.linear(y, self.out_proj.weight*self.norm.weight), BlockState(window[:, T:].to(dt.dtype), ssm) if need_state else None
 
-# %% ../nbs/33_mamba2.ipynb #0015
+    def step(self, u: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        "One frame (B, 1, D) and the state before it to (B, 1, D) and the state after it: nothing but what one frame needs."
+        z, xBC, dt = self.in_proj(u[:, 0]).split([self.d_inner, len(self.conv1d.weight), len(self.D)], -1)
+        window = torch.cat([state.conv, xBC[:, None].to(state.conv.dtype)], 1)              # (B, d_conv, channels)
+        xBC = F.silu((window*self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
+        x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
+        x, (dt, A) = x.unflatten(-1, (-1, self.headdim)), self.time_steps(dt)               # (B, H, P), (B, H), (H,)
+        y, ssm = ssd_step(x, dt, A, B, C, state.ssm)
+        y = torch.addcmul(y, x, self.D[:, None]).flatten(1)*F.silu(z)                       # (B, d_inner)
+        return self.out_proj(self.norm(y))[:, None], BlockState(window[:, 1:], ssm)
+
+# %% ../nbs/33_mamba2.ipynb #0023
 class Layer(nn.Module):
     "A block with the normalisation before it and the residual around it."
     def __init__(self, c: Mamba2Config):
@@ -95,7 +149,7 @@ class Layer(nn.Module):
 
 State = tuple[BlockState, ...]   # one per layer
 
-# %% ../nbs/33_mamba2.ipynb #0017
+# %% ../nbs/33_mamba2.ipynb #0025
 class FrameStackMamba2(nn.Module):
     "Frames as a sequence through Mamba-2 layers; the next controls are added before the heads."
     def __init__(self, config: Config):
@@ -108,7 +162,7 @@ class FrameStackMamba2(nn.Module):
         self.layers = nn.ModuleList([Layer(c) for _ in range(c.n_layers)])
         self.norm = nn.RMSNorm(c.d_model, eps=1e-5)
         self.control_proj = nn.Linear(self.layout.control_dim, c.d_model) if self.layout.control_dim else None
-        self.heads = Heads(c.d_model, c.heads, self.layout.slots)
+        self.heads = Heads(c.d_model, c.heads, self.layout.slots, c.two_hot)
 
     def trunk(self,
         frames: Frames,                # (B, T, ...)
@@ -121,6 +175,7 @@ class FrameStackMamba2(nn.Module):
         hidden = hidden.to(self.norm.weight.dtype)    # under autocast, what the layers add to stays in single precision
         for i, layer in enumerate(self.layers):
             top = i == len(self.layers) - 1                                                 # lower layers are needed in full
+            if self.config.training.recompute and self.training and torch.is_grad_enabled(): layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
             hidden, layer_state = layer(hidden, state and state[i], last if top else None, need_state)
             after.append(layer_state)
         return self.norm(hidden), tuple(after) if need_state else None
@@ -153,7 +208,7 @@ class FrameStackMamba2(nn.Module):
         hidden, state = self.trunk(frame.map(lambda t: t[:, None]), state, need_state=True)
         return self.predict(hidden, controls[:, None]), state
 
-# %% ../nbs/33_mamba2.ipynb #0027
+# %% ../nbs/33_mamba2.ipynb #0035
 ARCHITECTURES = {"mlp": FrameStackMLP, "mamba2": FrameStackMamba2}
 
 def build_model(config: Config) -> nn.Module:
@@ -164,7 +219,7 @@ def parameter_count(config: Config) -> int:
     "Number of parameters of `build_model(config)`, without allocating it."
     with torch.device("meta"): return sum(p.numel() for p in build_model(config).parameters())
 
-# %% ../nbs/33_mamba2.ipynb #0032
+# %% ../nbs/33_mamba2.ipynb #0040
 def load_weights(
     model: nn.Module,                 # from `build_model`
     weights: dict[str, Tensor],       # as `state_dict` gives them
@@ -180,3 +235,10 @@ def load_weights(
     if absent: warnings.warn(f"the weights have no head for {', '.join(absent)}: newly initialised", stacklevel=2)
     model.load_state_dict(weights, strict=not absent)
     return absent
+
+# %% ../nbs/33_mamba2.ipynb #0045
+def keep_memory() -> bool:
+    "Let this process reuse the memory that it frees, and say whether it will: with glibc, for good; elsewhere nothing is changed."
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"): return False
+    return all(libc.mallopt(option, value) for option, value in ((-4, 0), (-1, -1)))   # M_MMAP_MAX: no blocks of their own; M_TRIM_THRESHOLD: never give back

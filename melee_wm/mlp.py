@@ -22,7 +22,7 @@ class FrameStackMLP(nn.Module):
         self.encoder = FrameEncoder(self.layout)
         self.trunk = nn.Sequential(nn.Linear(self.layout.input(self.context_len), first), nn.ReLU(), nn.Dropout(config.model.dropout),
                                    nn.Linear(first, second), nn.ReLU(), nn.Dropout(config.model.dropout))
-        self.heads = Heads(second, config.model.heads, self.layout.slots)
+        self.heads = Heads(second, config.model.heads, self.layout.slots, config.model.two_hot)
 
     def forward(self,
         frames: Frames,       # (B, K, ...)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Columns', 'LEAST_DAMAGE', 'LAST_DEAD', 'REBIRTH', 'TOP_KNOCKBACK', 'DEATH_MARGIN', 'LEAST_DEFLECTION', 'speed_of',
            'displacement', 'head_names', 'integrates', 'choose', 'propose', 'settle', 'Clock', 'no_clock', 'tick',
-           'start_clock', 'next_age', 'dying', 'referee', 'items_in', 'persisting', 'next_items', 'next_frame',
-           'items_of_frames', 'head_targets', 'certain', 'field_roles']
+           'start_clock', 'next_age', 'dying', 'Fate', 'fate_of', 'pass_on', 'uneventful', 'referee', 'items_in',
+           'persisting', 'next_items', 'next_frame', 'items_of_frames', 'head_targets', 'certain', 'field_roles']
 
 # %% ../nbs/40_nextframe.ipynb #0002
 from .fields import BY_NAME, CONTROLS, HEAD_GROUPS, HEADS, ITEM_FIELDS, STAGE
@@ -50,6 +50,11 @@ def choose(logits: Tensor, bits: bool, temperature: float | None = None, generat
         logits = logits/temperature + (u.logit() if bits else -(-u.log()).log())
     return (logits > 0).float() if bits else logits.argmax(-1)
 
+@cache
+def _scales(head: str, device: torch.device) -> Tensor:
+    "Encoded units per game unit of what a head of numbers says, (width,)."
+    with torch.inference_mode(False): return torch.tensor([BY_NAME[f].scale for f in HEADS[head].fields[:HEADS[head].width]], device=device)
+
 def propose(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width)
@@ -62,8 +67,9 @@ def propose(
     for name in (n for n in head_names(groups) if not HEADS[n].items):   # items: see `next_items`
         head, values = HEADS[name], prediction[name]
         if head.target == "class": new[head.fields[0]] = choose(values, False, temperature, generator); continue
-        if head.target == "logit": values = choose(values, True, temperature, generator)
-        for f, v in zip(head.fields, values.unbind(-1)): new[f] = v/BY_NAME[f].scale + (last[f] if head.target == "delta" else 0)
+        values = choose(values, True, temperature, generator) if head.target == "logit" else values/_scales(name, values.device)
+        if head.target == "delta": values = values + torch.stack([last[f] for f in head.fields], -1)
+        new |= zip(head.fields, values.unbind(-1))
     return new
 
 # %% ../nbs/40_nextframe.ipynb #0020
@@ -77,8 +83,8 @@ def settle(last: Columns, proposed: Columns) -> Columns:
     new["shield"] = new["shield"].clamp(0, 60)
     if "combo_count" in new: new["combo_count"] = new["combo_count"].round().clamp(min=0)
     if "hitlag" in new:
-        begins = (new["hitlag"].round() > last["hitlag"]) | (last["hitlag"] < .5)
-        new["hitlag"] = torch.where(begins, new["hitlag"].round(), last["hitlag"] - 1).clamp(min=0)
+        said = new["hitlag"].round()
+        new["hitlag"] = torch.where((said > last["hitlag"]) | (last["hitlag"] < .5), said, last["hitlag"] - 1).clamp(min=0)
     if "hurtbox_state" in new: new["invulnerable"] = (new["hurtbox_state"] != 0).float()
     return new
 
@@ -104,7 +110,7 @@ def no_clock(frame: Columns) -> Clock:
 def tick(clock: Clock, last: Columns, new: Columns) -> Clock:
     "The clock one frame later."
     same = last["action_state"] == new["action_state"]
-    in_action = torch.where(same, torch.where(clock.in_action > 0, clock.in_action + 1, 0), 1)
+    in_action = torch.where(same, clock.in_action + (clock.in_action > 0), 1)
     if "state_age" not in last: return clock._replace(in_action=in_action)
     step = new["state_age"] - last["state_age"]
     advanced = (step >= 0) & ~((last["hitlag"] > .5) & (new["hitlag"] > .5))   # not a loop's seam, not frozen
@@ -121,12 +127,12 @@ def start_clock(frames: Columns, port: Tensor | None = None) -> Clock:
 # %% ../nbs/40_nextframe.ipynb #0028
 def next_age(last: Columns, new: Columns, clock: Clock, freezes: bool = True) -> Tensor:
     "The next `state_age`, (..., 2): one step on where the action lasts (none in hitlag), else the first age of the new action."
-    tables, action = _tables(last["x"].device), new["action_state"]
-    same = action == last["action_state"]
-    step = torch.where(clock.age_step.isnan(), tables.age_step[action], clock.age_step)
-    if freezes: step = torch.where((last["hitlag"] > .5) & (new["hitlag"] > .5), 0., step)
-    age = torch.where(same, last["state_age"] + step, tables.age_first[action])
-    return torch.where(same & (age >= tables.age_loop[action]), 0., age)
+    action = new["action_state"]
+    same, (usual, first, loop) = action == last["action_state"], _tables(action.device).ages[action].unbind(-1)
+    step = torch.where(clock.age_step.isnan(), usual, clock.age_step)
+    if freezes: step = step.masked_fill((last["hitlag"] > .5) & (new["hitlag"] > .5), 0)
+    age = torch.where(same, last["state_age"] + step, first)
+    return age.masked_fill(same & (age >= loop), 0)
 
 # %% ../nbs/40_nextframe.ipynb #0032
 LAST_DEAD, REBIRTH = 10, 12   # actions up to 10 die; 12 rides the halo down (ACTIONS)
@@ -144,15 +150,16 @@ def dying(last: Columns, new: Columns, zone: Tensor) -> tuple[Tensor, Tensor]:
         above = torch.where(torch.maximum(last["knockback_y"], new["knockback_y"]) > TOP_KNOCKBACK, above, torch.inf)
     room, side = torch.stack([new["y"] - bottom, new["x"] - left, right - new["x"], above], -1).min(-1)   # (..., 2)
     alive, said = last["action_state"] > LAST_DEAD, new["action_state"] <= LAST_DEAD
-    dies = alive & ((room < 0) | said & ((room < DEATH_MARGIN) | zone[..., :1].isinf()))
+    dies = alive & ((room < 0) | said & ((room < DEATH_MARGIN) | (right == torch.inf)))
     return dies, torch.where(dies & ~said, torch.where(side < 3, side, 4), new["action_state"])   # down, left, right, or a star
 
 # %% ../nbs/40_nextframe.ipynb #0034
 class _Tables(NamedTuple):
-    age_step: Tensor; age_first: Tensor; age_loop: Tensor; dead_frames: Tensor   # (actions,)
-    zone: Tensor                                                                 # (stages, 4) left, right, top, bottom
-    rebirth: Tensor                                                              # (stages, 4 ports, 3) x, y, speed; NaN where unknown
-    steady: Tensor                                                               # (kinds of item,) bool
+    ages: Tensor          # (actions, 3) usual step, first age, age that begins again at 0
+    dead_frames: Tensor   # (actions,)
+    zone: Tensor          # (stages, 4) left, right, top, bottom
+    rebirth: Tensor       # (stages, 4 ports, 4) x, y, speed, facing (towards the middle); NaN where unknown
+    steady: Tensor        # (kinds of item,) bool
 
 @cache
 def _tables(device: torch.device) -> _Tables:
@@ -162,17 +169,71 @@ def _tables(device: torch.device) -> _Tables:
         return values
     with torch.inference_mode(False):
         zone = torch.tensor([-torch.inf, torch.inf, torch.inf, -torch.inf]).repeat(STAGE.vocab, 1)
-        rebirth = torch.full((STAGE.vocab, 4, 3), torch.nan)
+        rebirth = torch.full((STAGE.vocab, 4, 4), torch.nan)
         for i, stage in STAGES.items():
             zone[i], high = torch.tensor(stage.blast_zone), _REBIRTH_HEIGHT[i]
-            rebirth[i] = torch.tensor([[x, high, (y - high)/(_REBIRTH_FRAMES - 1)] for x, y in stage.respawns])
-        by_actions = (by_action(_AGE_STEP, 1), by_action(_AGE_FIRST, 0), by_action(_AGE_LOOP, torch.inf), by_action(_DEAD_FRAMES, torch.inf))
-        return _Tables(*(t.to(device) for t in (*by_actions, zone, rebirth, torch.tensor([p.steady for p in PROJECTILES]))))
+            rebirth[i] = torch.tensor([[x, high, (y - high)/(_REBIRTH_FRAMES - 1), x < 0] for x, y in stage.respawns])
+        ages = torch.stack([by_action(_AGE_STEP, 1), by_action(_AGE_FIRST, 0), by_action(_AGE_LOOP, torch.inf)], -1)
+        tables = ages, by_action(_DEAD_FRAMES, torch.inf), zone, rebirth, torch.tensor([p.steady for p in PROJECTILES])
+        return _Tables(*(t.to(device) for t in tables))
 
 # %% ../nbs/40_nextframe.ipynb #0037
+class Fate(NamedTuple):
+    "What becomes of each fighter, (..., 2) bool; all false for one who simply lives."
+    dies: Tensor      # crosses a blast zone now
+    waits: Tensor     # is dead and stays dead
+    returns: Tensor   # comes back to life now
+    rides: Tensor     # is on its way down from where it came back
+
+def fate_of(
+    last: Columns,
+    new: Columns,      # the settled proposal
+    living: Tensor,    # (..., 2) the likeliest action of one who lives
+    zone: Tensor,      # (..., 4) the blast zone, infinite where unknown
+    clock: Clock,
+) -> tuple[Fate, Tensor]:   # and the action of each fighter, (..., 2)
+    "Who dies, waits, returns or rides down, and what everybody does then."
+    was, said, counted = last["action_state"], new["action_state"], clock.in_action > 0
+    dead, limit = was <= LAST_DEAD, _tables(was.device).dead_frames[was]
+    timed = limit < torch.inf
+    dies, action = dying(last, new, zone)
+    returns = dead & torch.where(counted & timed, clock.in_action >= limit, said == REBIRTH)
+    if "stocks" in last: returns = returns & (last["stocks"] > .5)
+    waits = dead & ~returns
+    rides = (was == REBIRTH) & counted & (clock.in_action < _REBIRTH_FRAMES) & (zone[..., 1:2] < torch.inf)
+    unlikely = ~(dead | dies) & (said <= torch.where(was == REBIRTH, LAST_DEAD, REBIRTH))
+    action = torch.where(unlikely, living, action)
+    action = torch.where(waits & (timed | (said > LAST_DEAD)), was, action)
+    return Fate(dies, waits, returns, rides), action.masked_fill(returns | rides, REBIRTH)
+
+# %% ../nbs/40_nextframe.ipynb #0040
 _VELOCITIES = HEADS["velocity"].fields
+_STOPPED = (*_VELOCITIES, "hitlag")                          # 0 from the moment of death
 _RETURNED = {"shield": 60} | dict.fromkeys((*_VELOCITIES, "percent", "hitlag", "combo_count", "on_ground", "invulnerable",
     "l_cancel", "hurtbox_state", "ground", "last_attack_landed"), 0)
+_APART = ("x", "y", "stocks", "action_state", "state_age")   # fields with rules of their own
+
+@cache
+def _passages(names: tuple[str, ...], dims: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    "Of some fields: which stop with death, which begin anew with a life, and with what; each (fields, 1, ...) for `dims` more dimensions."
+    number = int if BY_NAME[names[0]].kind == "category" else float
+    rows = [n in _STOPPED for n in names], [n in _RETURNED for n in names], [number(_RETURNED.get(n, 0)) for n in names]
+    with torch.inference_mode(False): return tuple(torch.tensor(row, device=device).view(-1, *[1]*dims) for row in rows)
+
+def pass_on(last: Columns, new: Columns, fate: Fate, still: Tensor, ids: bool) -> Columns:
+    "All ids, or all numbers, after death and return: kept where fighters are `still` (but a shield mends even then), stopped, begun anew."
+    names = tuple(n for n in new if n not in _APART and (BY_NAME[n].kind == "category") == ids)
+    stops, begins, value = _passages(names, still.dim(), still.device)
+    kept = torch.stack([(new if n == "shield" else last)[n] for n in names])                              # (fields, ..., 2)
+    values = torch.where(still, kept, torch.stack([new[n] for n in names])).masked_fill(fate.dies & stops, 0)
+    return dict(zip(names, torch.where(fate.returns & begins, value, values)))
+
+# %% ../nbs/40_nextframe.ipynb #0042
+def uneventful(last: Columns, new: Columns, stage: Tensor) -> bool:
+    "Whether all fighters live and stay within the lines, so that there is nothing to decide. (This waits for the device.)"
+    left, right, top, bottom = _tables(stage.device).zone[stage].unsqueeze(-2).unbind(-1)                 # (..., 1)
+    inside = (new["x"] >= left) & (new["x"] <= right) & (new["y"] >= bottom) & (new["y"] <= top)
+    return bool((inside & (torch.minimum(last["action_state"], new["action_state"]) > REBIRTH)).all())
 
 def referee(
     last: Columns,
@@ -182,31 +243,24 @@ def referee(
     clock: Clock,
 ) -> Columns:
     "The new frame after death, waiting, return and blast zones; `state_age` is not touched."
-    tables, was = _tables(last["x"].device), last["action_state"]
-    zone, place = tables.zone[stage], tables.rebirth[stage].gather(-2, clock.port[..., None].expand(*clock.port.shape, 3))   # (..., 4), (..., 2, 3)
-    dead, said, limit, known = was <= LAST_DEAD, new["action_state"] <= LAST_DEAD, tables.dead_frames[was], place[..., 0].isfinite()
-    dies, action = dying(last, new, zone)
-    over = torch.where((clock.in_action > 0) & limit.isfinite(), clock.in_action >= limit, new["action_state"] == REBIRTH)
-    returns = dead & over & (last["stocks"] > .5 if "stocks" in last else True)
-    waits, rides = dead & ~returns, (was == REBIRTH) & (clock.in_action > 0) & (clock.in_action < _REBIRTH_FRAMES) & known
-    unlikely = ~dead & ~dies & (said | (new["action_state"] <= REBIRTH) & (was != REBIRTH))
-    action = torch.where(unlikely, living, action)                                    # no death without a crossing, no return without a death
-    action = torch.where(waits & (limit.isfinite() | ~said), was, action)
-    action = torch.where(returns | rides, REBIRTH, action)
-    still = dies | rides | waits & (was <= 3)                                         # stars go on falling, inside the zone
-    frame = {n: torch.where(still, last[n], v) if n != "shield" else v for n, v in new.items()}   # a shield mends even then
-    for n in frame.keys() & {*_VELOCITIES, "hitlag"}: frame[n] = torch.where(dies, 0., frame[n])
-    for n in frame.keys() & _RETURNED.keys(): frame[n] = torch.where(returns, _RETURNED[n], frame[n])
-    (px, py, speed), (left, right, top, bottom) = place.unbind(-1), zone.unsqueeze(-2).unbind(-1)
-    for n, low, high, start, sinks in (("x", left, right, px, 0.), ("y", bottom, top, py, last.get("speed_y", speed))):
-        free = torch.where(dead & still, last[n], new[n].clamp(low, high))
-        frame[n] = torch.where(rides, last[n] + sinks, torch.where(returns & known, start, free))
-    frame["facing"] = torch.where(returns & known, (px < 0).float(), frame["facing"])   # towards the middle
-    if "speed_y" in frame: frame["speed_y"] = torch.where(returns & known, speed, frame["speed_y"])
-    if "stocks" in frame: frame["stocks"] = (last["stocks"] - dies.float()).clamp(0, 4)
-    return frame | {"action_state": action}
+    if "stocks" in new: new = new | {"stocks": last["stocks"].clamp(0, 4)}
+    if stage.is_cpu and uneventful(last, new, stage): return new
+    tables = _tables(stage.device)
+    zone, place = tables.zone[stage], tables.rebirth[stage.unsqueeze(-1), clock.port]                     # (..., 4), (..., 2, 4)
+    (left, right, top, bottom), (px, py, sinks, facing) = zone.unsqueeze(-2).unbind(-1), place.unbind(-1)
+    fate, action = fate_of(last, new, living, zone, clock)
+    held = fate.rides | fate.waits & (last["action_state"] <= 3)                                          # stars go on falling, inside the zone
+    frame = new | {"action_state": action}
+    for ids in (False, True): frame |= pass_on(last, new, fate, held | fate.dies, ids)
+    back, sunk = fate.returns & (right < torch.inf), torch.where(fate.rides, last["y"] + last.get("speed_y", sinks), last["y"])
+    frame["x"] = torch.where(held, last["x"], torch.where(back, px, new["x"].clamp(left, right)))
+    frame["y"] = torch.where(held, sunk, torch.where(back, py, new["y"].clamp(bottom, top)))
+    frame["facing"] = torch.where(back, facing, frame["facing"])
+    if "speed_y" in frame: frame["speed_y"] = torch.where(back, sinks, frame["speed_y"])
+    if "stocks" in frame: frame["stocks"] = (last["stocks"] - fate.dies.float()).clamp(0, 4)
+    return frame
 
-# %% ../nbs/40_nextframe.ipynb #0039
+# %% ../nbs/40_nextframe.ipynb #0045
 _ITEM = tuple(f.name.removeprefix("item1_") for f in ITEM_FIELDS if f.slot == 1)   # the fields of a slot
 _ITEM_MOTION = tuple(n.removeprefix("item1_") for n in HEADS["item_motion"].fields[:HEADS["item_motion"].width])
 _STAYS = 6.               # logits by which the id that was in a slot is ahead
@@ -232,7 +286,7 @@ def _appear(last: Columns, said: Columns) -> Columns:
     ahead, owner = torch.where(last["facing"] > .5, 1., -1.).unsqueeze(-1), {axis: last[axis].unsqueeze(-1) for axis in ("x", "y")}
     return {"x": owner["x"] + ahead*said["x"], "y": owner["y"] + said["y"], "speed_x": ahead*said["speed_x"], "speed_y": said["speed_y"]}
 
-# %% ../nbs/40_nextframe.ipynb #0041
+# %% ../nbs/40_nextframe.ipynb #0047
 def next_items(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # with the heads of items, (..., 2, slots, width)
@@ -244,14 +298,14 @@ def next_items(
     "Items that fly on, appear beside their owner, or are gone; an empty slot is all zeros."
     old, tables = items_in(last, slots), _tables(last["x"].device)                          # each (..., 2, slots)
     kind, state = (choose(persisting(prediction[f"item_{n}"], old[n]), False, temperature, generator) for n in ("type", "state"))
-    spawn, motion = ({n: v/BY_NAME[f"item1_{n}"].scale for n, v in zip(_ITEM_MOTION, prediction[head].unbind(-1))} for head in ("item_spawn", "item_motion"))
+    spawn, motion = (dict(zip(_ITEM_MOTION, (prediction[head]/_scales(head, kind.device)).unbind(-1))) for head in ("item_spawn", "item_motion"))
     flown, born, lives = _fly(old, motion, tables.steady[old["type"]]), _appear(last, spawn), old["type"] > 0
     new = {"type": torch.where(lives & (kind > 0), old["type"], kind), "state": state} | {n: torch.where(lives, flown[n], born[n]) for n in _ITEM_MOTION}
     left, right, _, bottom = tables.zone[stage][..., None, None, :].unbind(-1)              # (..., 1, 1)
-    there = (kind > 0) & (new["x"] >= left) & (new["x"] <= right) & (new["y"] >= bottom)
-    return {f"item{slot + 1}_{n}": torch.where(there, v, 0)[..., slot] for slot in range(slots) for n, v in new.items()}
+    gone = ~((kind > 0) & (new["x"] >= left) & (new["x"] <= right) & (new["y"] >= bottom))
+    return {f"item{slot + 1}_{n}": v for n, values in new.items() for slot, v in enumerate(values.masked_fill(gone, 0).unbind(-1))}
 
-# %% ../nbs/40_nextframe.ipynb #0045
+# %% ../nbs/40_nextframe.ipynb #0051
 def next_frame(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width), items (..., 2, slots, width): one position of a model's output
@@ -274,9 +328,10 @@ def next_frame(
     new = referee(last, new, living, stage.long(), clock)
     if "state_age" in last: new["state_age"] = next_age(last, new, clock, freezes)
     if layout.slots: new |= next_items(last, prediction, stage.long(), layout.slots, temperature, generator)
-    return {f.name: controls[..., CONTROLS.index(f.name)] if f.target == "given" else new[f.name] for f in layout.fields}
+    new |= zip(CONTROLS, controls.unbind(-1))
+    return {f.name: new[f.name] for f in layout.fields}
 
-# %% ../nbs/40_nextframe.ipynb #0047
+# %% ../nbs/40_nextframe.ipynb #0053
 def _returns(last: Frames, target: Frames, layout: Layout) -> Tensor:
     "Who comes back to life at a place the rules know, (..., 2) bool."
     i = layout.int_index("action_state")
@@ -331,7 +386,7 @@ def head_targets(
     targets = {n: v.masked_fill(ruled, 0) if HEADS[n].target == "delta" else v for n, v in targets.items()}
     return targets | (_item_targets(last, target, layout, item_motion) if "projectiles" in groups else {})
 
-# %% ../nbs/40_nextframe.ipynb #0049
+# %% ../nbs/40_nextframe.ipynb #0055
 def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     "The prediction that says exactly these targets: the numbers themselves, and logits of ±10 for bits and classes."
     def said(name, values):
@@ -339,7 +394,7 @@ def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
         return 20*values - 10 if HEADS[name].target == "logit" else values
     return {name: said(name, values) for name, values in targets.items()}
 
-# %% ../nbs/40_nextframe.ipynb #0060
+# %% ../nbs/40_nextframe.ipynb #0066
 def field_roles(layout: Layout, heads: tuple[str, ...]) -> dict[str, list[str]]:
     "What becomes of every field of the layout from frame to frame: predicted, ruled, carried or given."
     predicted = {f for name in head_names(heads) for f in HEADS[name].fields}

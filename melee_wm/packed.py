@@ -210,12 +210,12 @@ def _fetch(self: Games, starts: Tensor, span: int) -> tuple[Tensor, Tensor | Non
     touched, counts = (t.tolist() for t in which.unique_consecutive(return_counts=True))
     ends = np.cumsum([0, *counts]).tolist()
     pieces = [(self.pieces[i], slice(a, b)) for i, a, b in zip(touched, ends, ends[1:])]
-    device = pieces[0][0].rows.device
+    device = (pieces[0][0] if pieces else self.pieces[0]).rows.device            # of no windows at all, too
     local, back = (starts - self._borders[which]).to(device), order.argsort().to(device)
     rows = torch.empty(len(starts), span*self.packing.row_bytes, dtype=torch.uint8, device=device)
     for piece, some in pieces: _windows(piece.rows, local[some], span, rows[some])
     items = self._fetch_items(pieces, local, span)[back] if self.layout.slots else None
-    return rows.view(-1, span, self.packing.row_bytes)[back], items
+    return rows.view(len(starts), span, self.packing.row_bytes)[back], items
 
 @patch
 def _fetch_items(self: Games, pieces: list, local: Tensor, span: int) -> Tensor:
@@ -226,12 +226,12 @@ def _fetch_items(self: Games, pieces: list, local: Tensor, span: int) -> Tensor:
     frame = torch.arange(len(counts), device=local.device).repeat_interleave(counts)                       # (M,) of each item
     entry = torch.arange(len(frame), device=local.device) + (first - counts.cumsum(0) + counts)[frame]     # (M,) its row in the piece
     found = torch.empty(len(frame), self.packing.item_bytes, dtype=torch.uint8, device=local.device)
-    borders = [0, *counts.view(-1, span).sum(1).cumsum(0)[[some.stop - 1 for _, some in pieces]].tolist()]
+    borders = [0, *counts.view(len(local), span).sum(1).cumsum(0)[[some.stop - 1 for _, some in pieces]].tolist()]
     for (piece, _), a, b in zip(pieces, borders, borders[1:]):
         if b > a: torch.index_select(piece.items, 0, entry[a:b], out=found[a:b])
     grid = torch.zeros(len(counts), 2*self.packing.slots, self.packing.item_bytes, dtype=torch.uint8, device=local.device)
     grid[frame, found[:, _place(self.packing)].long()] = found
-    return grid.unflatten(0, (-1, span))
+    return grid.unflatten(0, (len(local), span))
 
 @patch
 def columns(self: Games, starts: Tensor, span: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,8 @@ __all__ = ['data_card', 'show_experiment', 'show_run', 'show_dream', 'show_curve
            'show_scorecard', 'record', 'train_run']
 
 # %% ../nbs/60_report.ipynb #0002
-import html
+from .core import json_safe
+import html, os
 from collections import Counter
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -18,8 +19,8 @@ from .config import config_hash, to_dict
 from .mamba2 import parameter_count
 from .export import draw_rollout, read_rollout
 from .evaluate import plot_scorecard
-from .track import json_safe, read_metrics
-from .experiment import choose_device, refuse_used_name
+from .track import read_metrics
+from .experiment import choose_device, refuse_used_name, run_experiment
 from .execute import execute_run, run_notebook
 
 # %% ../nbs/60_report.ipynb #0005
@@ -174,6 +175,8 @@ def train_run(
     stream=None,             # where progress goes; stderr by default
 ) -> int:
     "Train an experiment by its run notebook: the exit code, as from `execute_run`."
-    dataset_records(data); choose_device(device); refuse_used_name(run_dir, resume)
+    dataset_records(data); choose_device(device)
+    if int(os.environ.get("RANK", 0)): run_experiment(config, data, run_dir, device, resume=resume); return 0   # under torchrun: the first process keeps the record
+    refuse_used_name(run_dir, resume)
     parameters = dict(experiment=to_dict(config), data=str(Path(data).resolve()), run_dir=str(Path(run_dir).resolve()), device=device, tracking=tracking, resume=resume, card_id=card_id)
     return execute_run(run_notebook("train"), run_dir, parameters, stream)

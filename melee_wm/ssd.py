@@ -21,10 +21,11 @@ def ssd_step(
     state: Tensor,   # (B, H, P, N) entering this frame
 ) -> tuple[Tensor, Tensor]:   # y (B, H, P), state (B, H, P, N) leaving this frame
     "One frame of the state-space model: fade, write, read."
-    fade = (dt*A).exp()[..., None, None]                                  # (B, H, 1, 1)
-    write = (dt[..., None]*x)[..., None] * B[:, None, None, :]            # (B, H, P, N)
-    state = fade*state + write
-    return (state * C[:, None, None, :]).sum(-1), state
+    batch, H, P, N = state.shape
+    faded = ((dt*A).exp()[..., None, None]*state).view(batch, H*P, N)     # all heads below each other: one product a stream
+    state = faded.baddbmm_((dt[..., None]*x).view(batch, H*P, 1).to(state.dtype), B[:, None].to(state.dtype))
+    y = torch.bmm(C[:, None].to(state.dtype), state.mT)                   # (B, 1, H * P)
+    return y.view(batch, H, P), state.view(batch, H, P, N)
 
 # %% ../nbs/32_ssd.ipynb #0011
 def ssd_sequential(
@@ -66,7 +67,73 @@ def entering_states(
         state = one_fade[..., None, None]*state + one_added
     return torch.stack(entering, 1), state
 
-# %% ../nbs/32_ssd.ipynb #0028
+# %% ../nbs/32_ssd.ipynb #0030
+def _fading(
+    total: Tensor,    # (B, n, C, H) sums of the logarithms of the fading within each chunk
+    dt: Tensor,       # (B, n, C, H)
+) -> Tensor:          # (B, n, H, C, C) what is left at [t, s] of a unit written at s, the step of s included
+    rows = total.mT.contiguous()
+    return (rows[..., None] - rows[..., None, :]).exp_().tril_().mul_(dt.mT[..., None, :])
+
+def _to_end(total: Tensor, dt: Tensor) -> Tensor:
+    "What is left at the chunk's end of a unit written at each frame, (B, n, C, H)."
+    return (total[:, :, -1:] - total).exp()*dt
+
+# %% ../nbs/32_ssd.ipynb #0033
+class _Chunks(torch.autograd.Function):
+    "The four parts on (B, n, C, ...), with their gradients."
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, state):
+        low, total = x.dtype, (dt*A).cumsum(2)                                           # (B, n, C, H)
+        fading, scores = _fading(total, dt), (C @ B.mT).to(dt.dtype)                     # (B, n, H, C, C), (B, n, C, C)
+        weights = (fading*scores[:, :, None]).to(low)
+        heads = x.transpose(2, 3).contiguous()                                           # (B, n, H, C, P)
+        y, entering = (weights @ heads).transpose(2, 3), None                            # 1. within the chunks
+        if state is None: y = y.contiguous()
+        else:
+            written = (x*_to_end(total, dt)[..., None]).to(low).flatten(3)               # (B, n, C, H * P)
+            added = (written.mT @ B).to(dt.dtype).unflatten(2, x.shape[3:])              # 2. what each chunk adds
+            entering, state = entering_states(added, total[:, :, -1].exp(), state)       # 3. from chunk to chunk
+            read = (C @ entering.to(low).flatten(2, 3).mT).unflatten(3, x.shape[3:])     # 4. reading what entered
+            y = torch.addcmul(y, read, total.exp().to(low)[..., None])
+        ctx.save_for_backward(x, dt, A, B, C, D, total, fading, scores, heads, y, entering, state)
+        return torch.addcmul(y, x, D.to(low)[:, None]), state
+
+    @staticmethod
+    def backward(ctx, g, g_state):
+        x, dt, A, B, C, D, total, fading, scores, heads, y, entering, state = ctx.saved_tensors
+        low, g = x.dtype, g.contiguous()
+        g_heads = g.transpose(2, 3).contiguous()
+        weights = (fading*scores[:, :, None]).to(low)
+        dx = (weights.mT @ g_heads).transpose(2, 3)                                      # (B, n, C, H, P)
+        d_scores = (g_heads @ heads.mT).to(dt.dtype).mul_(fading).sum(2).to(low)         # (B, n, C, C)
+        dB, dC, d_total, d_entered = d_scores.mT @ C, d_scores @ B, (g*y).sum(-1, dtype=dt.dtype), None
+        if entering is None: dx = dx.contiguous()
+        else: dx, dB, dC, d_entered = _state_gradients(g, g_state, dx, dB, dC, x, dt, B, C, total, entering, state, d_total)
+        d_written = (x*dx).sum(-1, dtype=dt.dtype)
+        d_fade = (d_total - d_written).flip(2).cumsum(2).flip(2)                         # by dt*A of each frame
+        dt_gradient = d_written/dt.clamp(min=torch.finfo(dt.dtype).tiny) + d_fade*A
+        dD = (g*x).sum(-1, dtype=dt.dtype).sum((0, 1, 2))
+        return dx.addcmul_(g, D.to(low)[:, None]), dt_gradient, (d_fade*dt).sum((0, 1, 2)), dB, dC, dD, d_entered
+
+# %% ../nbs/32_ssd.ipynb #0035
+def _state_gradients(g, g_state, dx, dB, dC, x, dt, B, C, total, entering, state, d_total):
+    "Gradients through parts 2 to 4, added to those of part 1 (to `d_total` in place); and that of the state entering the first chunk."
+    low, shape = x.dtype, x.shape[3:]
+    read = (g*total.exp().to(low)[..., None]).flatten(3)                                 # (B, n, C, H * P)
+    wanted, fade = (read.mT @ C).to(dt.dtype).unflatten(2, shape), total[:, :, -1].exp()   # (B, n, H, P, N)
+    leaving, after = [], torch.zeros_like(state) if g_state is None else g_state
+    for one_wanted, one_fade in zip(reversed(wanted.unbind(1)), reversed(fade.unbind(1))):
+        leaving.insert(0, after)
+        after = torch.addcmul(one_wanted, one_fade[..., None, None], after)
+    leaving, states = torch.stack(leaving, 1), torch.cat([entering[:, 1:], state[:, None]], 1)   # gradient of what leaves each chunk; what leaves it
+    d_total[:, :, -1] += (leaving*states).sum((-1, -2))
+    flat, to_end = leaving.to(low).flatten(2, 3), _to_end(total, dt).to(low)[..., None]  # (B, n, H * P, N), (B, n, C, H, 1)
+    dC = dC + read @ entering.to(low).flatten(2, 3)
+    dB = dB + (x*to_end).flatten(3) @ flat
+    return torch.addcmul(dx, (B @ flat.mT).unflatten(3, shape), to_end), dB, dC, after
+
+# %% ../nbs/32_ssd.ipynb #0037
 def ssd_chunked(
     x: Tensor,       # (B, T, H, P)
     dt: Tensor,      # (B, T, H)
@@ -76,21 +143,12 @@ def ssd_chunked(
     state: Tensor | None = None,   # (B, H, P, N) entering the first frame; None is zeros
     chunk_size: int = 64,          # frames a chunk; any length goes with any chunk
     need_state: bool = True,       # False: None in place of the final state, which saves its computation
+    D: Tensor | None = None,       # (H,) direct path: D*x is added to y
 ) -> tuple[Tensor, Tensor | None]: # y (B, T, H, P), state leaving the last frame
     "The same result as `ssd_sequential`, as matrix products over chunks."
     T, chunk = x.shape[1], min(chunk_size, x.shape[1])
+    if state is None and (need_state or T > chunk): state = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
     if pad := -T % chunk: x, dt, B, C = (F.pad(v, (0, 0)*(v.dim() - 2) + (0, pad)) for v in (x, dt, B, C))
     x, dt, B, C = (v.unflatten(1, (-1, chunk)) for v in (x, dt, B, C))    # (B, n, C, ...)
-    log_fade = dt*A                                                       # (B, n, C, H)
-    mask = segment_sums(log_fade.mT).exp()                                # (B, n, H, C, C)
-    scores = (C @ B.mT)[:, :, None]                                       # (B, n, 1, C, C)
-    y = torch.einsum("bchts,bcshp->bcthp", scores*mask*dt.mT[..., None, :], x)    # 1. within the chunks
-    n = x.shape[1]
-    if need_state or n > 1 or state is not None:
-        total = log_fade.cumsum(2)                                        # (B, n, C, H)
-        to_end = (total[:, :, -1:] - total).exp()*dt                      # (B, n, C, H)
-        added = torch.einsum("bcshp,bcsn->bchpn", x*to_end[..., None], B) # 2. what each chunk adds
-        if state is None: state = torch.zeros_like(added[:, 0])
-        entering, state = entering_states(added, total[:, :, -1].exp(), state)    # 3. from chunk to chunk
-        y = y + torch.einsum("bctn,bchpn->bcthp", C, entering)*total.exp()[..., None]   # 4. reading what entered
+    y, state = _Chunks.apply(x, dt, A, B, C, torch.zeros_like(A) if D is None else D, state)
     return y.flatten(1, 2)[:, :T], state if need_state else None

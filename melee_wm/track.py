@@ -6,7 +6,7 @@
 __all__ = ['Mode', 'read_metrics', 'Tracker', 'start_wandb']
 
 # %% ../nbs/51_track.ipynb #0002
-import json, time
+import json, sys, time
 from pathlib import Path
 from typing import Literal
 from .core import UserError, atomic_write, json_safe, setting
@@ -37,20 +37,32 @@ class Tracker:
         kept = [r for r in read_metrics(self.run_dir) if keep_step is not None and r["step"] <= keep_step]
         with atomic_write(self.path) as temporary: temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self.mirror = start_wandb(self.run_dir, mode, config or {}, name or self.run_dir.name, tags) if mode != "off" else None
-        self.file = open(self.path, "a")
+        self.file, self.waiting = open(self.path, "ab", buffering=0), []
 
     @property
     def url(self) -> str | None: return self.mirror.url if self.mirror and not self.mirror.offline else None
 
     def log(self, values: dict, step: int, kind: str = "batch"):
-        "One record: `values` by their logged names, at a number of batches done."
+        "One record: `values` by their logged names, at a number of steps done. What a full disk does not take waits for the next time."
         values = json_safe(values)
-        try: self.file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n"); self.file.flush()
-        except OSError as error: raise UserError("cannot write the metrics", self.path, got=error.strerror, do="free some space and resume the run") from error
+        self.waiting.append(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3), **values}) + "\n")
+        try: self._write()
+        except OSError as error: print(f"CANNOT WRITE {self.path}: {error.strerror}; {len(self.waiting)} records wait for space", file=sys.stderr, flush=True)
         if self.mirror: self.mirror.log({k: v for k, v in values.items() if v is not None}, step=step)
 
+    def _write(self):
+        "Append the records that wait, all or none."
+        left, end = memoryview("".join(self.waiting).encode()), self.path.stat().st_size
+        try:
+            while left: left = left[self.file.write(left):]
+        except OSError: self.file.truncate(end); raise
+        self.waiting.clear()
+
     def close(self, exit_code: int = 0):
-        self.file.close()
+        "End the record. Raises `UserError` where the disk is still full."
+        try: self._write()
+        except OSError as error: raise UserError("cannot write the metrics", self.path, got=error.strerror, do="free some space and resume the run") from error
+        finally: self.file.close()
         if self.mirror: self.mirror.finish(exit_code=exit_code)
 
 # %% ../nbs/51_track.ipynb #0012

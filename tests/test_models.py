@@ -1,6 +1,6 @@
 """What crosses the model chapters: the SSD's forms against each other and against another implementation, playing against reading,
 the recorded parameter counts, and weights that do and do not fit."""
-import warnings
+import subprocess, sys, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from melee_wm.config import Mamba2Config, experiment_names, load_config
@@ -185,6 +185,71 @@ def test_a_fresh_model_changes_nothing():
         for head, p in prediction.items(): assert p.any() != (HEADS[head].target in ("delta", "absolute")), head
 
 
+def test_the_state_entered_is_never_written_to():
+    inputs = ssd_inputs(3, 1, 2, 4, 5, 0, torch.float32)
+    x, dt, A, B, C, state = inputs
+    kept = state.clone()
+    _, after = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state)
+    assert torch.equal(state, kept) and after.data_ptr() != state.data_ptr()
+
+
+def test_the_direct_path_of_the_chunks():
+    *inputs, state = ssd_inputs(2, 23, 3, 4, 5, 0)
+    D = torch.randn(3, dtype=torch.float64)
+    def added(x, dt, A, B, C, state, D): return ssd_sequential(x, dt, A, B, C, state)[0] + D[:, None]*x, ssd_sequential(x, dt, A, B, C, state)[1]
+    want = values_and_gradients(added, [*inputs, state, D], 0)
+    for chunk in (5, 23):
+        got = values_and_gradients(lambda *v: ssd_chunked(*v[:6], chunk_size=chunk, D=v[6]), [*inputs, state, D], 0)
+        for a, b in zip(want, got): torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+
+
+def test_recomputed_layers_give_the_same_gradients():
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = build_model(load_config("mamba2-1a", SMALL + ["model.dropout=0.5", f"training.recompute={str(recompute).lower()}"])).train()
+        frames, controls = batch_for(model, 2, 40, 40)
+        state = model.prefill(frames)
+        torch.manual_seed(1)
+        hidden, after = model.trunk(frames, state, need_state=True)
+        loss = sum(p.square().mean() for p in model.predict(hidden, controls).values()) + sum(s.ssm.square().mean() for s in after)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t): model.trunk(frames, state)
+        loss.backward()
+        results.append((loss, sum(kept), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, kept, grads), (again, kept_again, grads_again) = results
+    assert torch.equal(loss, again) and grads.keys() == grads_again.keys() and kept_again < kept/3
+    for name in grads: torch.testing.assert_close(grads_again[name], grads[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("T, positions", [(10, 1), (80, 80)])
+def test_bfloat16_stays_near_single_precision(T, positions):
+    model = build_model(load_config("mamba2-1a", ["model.chunk_size=32", "model.dropout=0"]))
+    frames, controls = batch_for(model, 4, T, positions)
+    with torch.no_grad(): state = model.prefill(batch_for(model, 4, 30, seed=1)[0])
+    results = []
+    for rough in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            hidden, after = model.trunk(frames, state, last=positions, need_state=True)
+            loss = sum(p.float().square().mean() for p in model.predict(hidden, controls).values())
+            stepped, last = model.step(frames.map(lambda t: t[:, 0]), controls[:, 0], state)
+        model.zero_grad(); loss.backward()
+        assert all(t.dtype == torch.float32 for s in (*after, *last) for t in s) and hidden.dtype == torch.float32
+        results.append([loss, hidden, stepped["action"].float(), *(t for s in (*after, *last) for t in s), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])])
+    for exact, rough in zip(*results): assert (rough - exact).norm() < .04*exact.norm()
+
+
+def test_time_and_memory_stay_in_single_precision():
+    "Long sums of small steps and a state that grows over 500 frames: bfloat16 of either would be wrong in the first digit."
+    x, dt, A, B, C, state = ssd_inputs(1, 500, 2, 4, 5, 0, torch.float32)
+    dt, A = dt*.002, -torch.ones(2)
+    half = [v.bfloat16() for v in (x, B, C)]
+    want, end = ssd_sequential(half[0].float(), dt, A, half[1].float(), half[2].float(), state)
+    got, got_end = ssd_chunked(half[0], dt, A, half[1], half[2], state, chunk_size=64)
+    assert got.dtype == torch.bfloat16 and got_end.dtype == torch.float32
+    assert (got_end - end).norm() < .004*end.norm() and (got.float() - want).norm() < .01*want.norm()
+
+
 def test_half_precision_where_a_gpu_would_use_it():
     model = build_model(load_config("mamba2-1a", SMALL))
     frames, controls = batch_for(model, 4, 33, 33)
@@ -194,6 +259,23 @@ def test_half_precision_where_a_gpu_would_use_it():
     exact = model.eval()(frames, controls)["action"]
     with torch.autocast("cpu", torch.bfloat16): rough = model(frames, controls)["action"]
     assert (rough - exact).abs().max() < .1*exact.abs().max()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is changed")
+def test_memory_that_stays_is_not_taken_page_by_page_again():
+    code = """
+import melee_wm.core, resource, sys, torch
+from melee_wm.mamba2 import keep_memory
+if sys.argv[1] == "keep": assert keep_memory()
+def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+big = torch.zeros(12_500_000)
+for _ in range(10): made = big + 1
+before = faults()
+for _ in range(10): made = big + 1
+print(faults() - before)
+"""
+    taken = {how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout) for how in ("keep", "give")}
+    assert taken["give"] > 1000 and taken["keep"] < taken["give"]/4
 
 
 # ---------------------------------------------------------------- counts and weights

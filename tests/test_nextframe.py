@@ -9,7 +9,7 @@ from melee_wm.fields import BY_NAME, CONTROLS, HEADS
 from melee_wm.losses import last_frames, loss
 from melee_wm.melee import STAGES
 from melee_wm.metrics import NAMES, batch_metrics, summarise
-from melee_wm.nextframe import certain, choose, displacement, field_roles, head_names, head_targets, next_frame, no_clock, start_clock, tick
+from melee_wm.nextframe import certain, choose, displacement, field_roles, head_names, head_targets, next_frame, no_clock, start_clock, tick, uneventful
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
 
@@ -113,6 +113,35 @@ def test_players_and_streams_do_not_mix(match, name):
     for n in together:
         assert torch.equal(together[n], swapped[n].flip(-1)), n   # nobody dies or returns here, so ports play no part
         assert torch.equal(together[n][3:4], alone[n]), n
+
+
+@pytest.mark.parametrize("name", ("v1", "baseline-v22", "projectiles"))
+def test_frames_without_a_referee_are_the_same(match, name):
+    "Where nothing happens the referee is not asked; one dying fighter in the batch makes all frames go through it."
+    config = load_config(name)
+    layout, stage = layout_of(config.encoding), torch.full((61,), match.stage)
+    columns = {n: torch.from_numpy(v) for n, v in columns_of(match, layout).items()}
+    last, prediction = {n: v[300:361].clone() for n, v in columns.items()}, noise(config, 61, scale=.3)
+    prediction["action"][..., :14] -= 20                                             # nobody says dead or coming back
+    last["y"][60, 1] = -300.                                                         # and this one is gone
+    first = lambda frame: {n: v[:60] for n, v in frame.items()}
+    make = lambda last, prediction, n: next_frame(last, prediction, torch.zeros(n, 2, 13), stage[:n], layout, config.model.heads, True)
+    together, apart = make(last, prediction, 61), make(first(last), first(prediction), 60)
+    assert uneventful(first(last), apart, stage[:60]) and not uneventful(last, together, stage)
+    assert together["action_state"][60, 1] == 0 and all(torch.equal(apart[n], v[:60]) for n, v in together.items())
+
+
+@pytest.mark.parametrize("name", ("v1", "baseline-v22", "projectiles"))
+def test_the_rules_never_wait_for_a_device(match, name):
+    "On a device without values whatever must look at one fails: so nothing here does, but for the CPU's short cut."
+    config = load_config(name)
+    layout = layout_of(config.encoding)
+    last = {n: v[300:316].to("meta") for n, v in table(match, layout).items()}
+    prediction, stage = {n: v.to("meta") for n, v in noise(config, 16).items()}, torch.zeros(16, dtype=torch.long, device="meta")
+    made = next_frame(last, prediction, torch.zeros(16, 2, 13, device="meta"), stage, layout, config.model.heads, True)
+    clock = tick(no_clock(last), last, made)
+    assert encode(made, stage, layout).floats.shape == (16, 2, layout.floats_per_player) and clock.in_action.is_meta
+    assert all(v.is_meta and v.dtype == last[n].dtype for n, v in made.items())
 
 
 def falling(layout, **values):

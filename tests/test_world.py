@@ -129,6 +129,38 @@ def test_carried_memory_is_the_whole_history(game):
                 torch.testing.assert_close(said[i][0][name], whole[name], atol=1e-4, rtol=1e-4)
 
 
+def test_a_ready_made_memory(game):
+    "What `prefill` gives is what `reset` would have read: the same dream to the bit, from all the seed or from its last frame."
+    model, starts = small("mamba2-1a").eval(), np.array([150, 350])
+    with torch.no_grad():
+        model.heads["continuous"].weight.normal_(0, .1)
+    world, stage = World(model, memory="state"), torch.tensor([game.stage])
+    seed, given = seed_windows(columns_of(game, world.layout), starts, 40), pads(world, game, starts, 15)
+    world.reset(seed, stage)
+    expected = world.run(given)
+    with torch.inference_mode():
+        memory = model.prefill(encode({n: v[:, :-1] for n, v in seed.items()}, torch.full((2, 39), game.stage), world.layout))
+    for part in (seed, {n: v[:, -1:] for n, v in seed.items()}):
+        world.reset(part, stage, memory=memory)
+        dream = world.run(given)
+        assert all(torch.equal(dream[n], expected[n]) for n in expected)
+    world.reset({n: v[:, -1:] for n, v in seed.items()}, stage, memory=model.init_state(2))
+    assert not torch.equal(world.run(given)["x"], expected["x"])                     # who remembers nothing dreams something else
+    with pytest.raises(UserError, match="a memory that nobody reads"):
+        World(model).reset(seed, stage, memory=memory)
+    with pytest.raises(UserError, match="too few seed frames"):
+        world.reset({n: v[:, -1:] for n, v in seed.items()}, stage)
+
+
+@pytest.mark.parametrize("memory", ["window", "state"])
+def test_a_step_never_waits_for_a_device(memory, game):
+    "On a device without values nothing can be looked at, so a step that works there can be queued or captured on a graphics card."
+    world, starts = World(small("mamba2-1a"), memory=memory, device="meta"), np.array([150, 350])
+    seeded(world, game, starts)
+    frame = world.step(pads(world, game, starts, 1)[:, 0])
+    assert all(v.is_meta and v.shape == (2, 2) for v in frame.values())
+
+
 def test_untaught_heads_are_not_listened_to(game):
     model, starts = Restless(small("exp-1a-state-age-embed")), np.arange(100, 600, 20)
     model.missing_heads = ["l_cancel", "velocity", "dynamics"]
