@@ -290,5 +290,5 @@ def bench_epoch(setup: Setup) -> list[Result]:
     "Teaching by sequences beside windows, then sampling of 22,000 games."
     return bench_teaching(setup) + DATA_BENCHES["epoch"](setup)
 
-# %% ../nbs/82_bench_model.ipynb #0027
+# %% ../nbs/82_bench_model.ipynb #0029
 BENCHES: Benches = {**{name: DATA_BENCHES[name] for name in ("parse", "encode")}, "ssd": bench_ssd, "step": bench_step, "epoch": bench_epoch, "rollout": bench_rollout}

@@ -247,6 +247,7 @@ def _begin(config: Config, train_games: Games, folder: Path, resume: bool, team:
     broadcast_weights(model, team)
     return Learner(model, optimizer, train_games.to(team.device), config, team), p, memory or empty_memory(model, config, team.rank, team.size)
 
+# %% ../nbs/55_train.ipynb #0026
 def train(
     config: Config,
     train_games: Games,
@@ -268,7 +269,7 @@ def train(
             if not out_of_memory(error): raise
             raise memory_advice(error, config, (load_training_state(folder).values["position"]["step"], folder) if has_training_state(folder) else None) from error
 
-# %% ../nbs/55_train.ipynb #0026
+# %% ../nbs/55_train.ipynb #0028
 def _run(learner: Learner, keeper: _Keeper, p: Position, memory: State | None, val_games: Games | None, stopped: Callable[[], bool], on_epoch: Callable, progress: bool) -> Outcome:
     config, team, t, ended = learner.config, learner.team, learner.config.training, None
     with tqdm(total=step_count(learner.games, config, p.epoch)*t.epochs, initial=p.step, desc=config.name, unit="step", mininterval=1, disable=not progress) as bar:

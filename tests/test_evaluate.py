@@ -9,15 +9,17 @@ from torch import nn
 from melee_wm.baselines import baseline_scores, calm_starts, constant_velocity, future, heldout_games, mean_to, position_error, regular_starts
 from melee_wm.config import EvaluationConfig, load_config
 from melee_wm.core import UserError
-from melee_wm.encoding import columns_of, layout_of
-from melee_wm.evaluate import choose_starts, evaluate, plot_scorecard, random_starts, score_rollouts, scorecard
+from melee_wm.batches import Batch, from_games, gather
+from melee_wm.encoding import columns_of, encode, layout_of, take
+from melee_wm.evaluate import choose_starts, evaluate, plot_scorecard, random_starts, score_rollouts, scorecard, teacher_forced
 from melee_wm.export import draw_rollout, read_rollout, rollout, to_game, write_rollout
 from melee_wm.fields import BY_NAME, HEADS
 from melee_wm.heads import head_widths
+from melee_wm.losses import loss
 from melee_wm.mamba2 import build_model
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
-from melee_wm.world import World, replayed_controls, seed_clock, seed_windows
+from melee_wm.world import World, memories, replayed_controls, seed_clock, seed_windows
 
 # the anchors every figure is quoted on: mean over horizons 1..5, 1..10, 1..20
 TABLE = {
@@ -195,3 +197,55 @@ def test_errors_are_measured_where_they_happen():
     error = position_error((0 * true[0], 0 * true[1]), true)
     assert error.shape == (2, 15) and (error[0, :9] == 0).all() and (error[0, 9:] == 4).all() and error[1, 4] == 4
     assert BY_NAME["percent"].kind == "float"
+
+
+@pytest.fixture(scope="module")
+def reader():
+    "A small untrained model that was to learn by sequences."
+    config = load_config("mamba2-1a", ["model.d_model=32", "model.headdim=16", "model.d_state=8", "training.sequence_len=16", "training.batch_size=2", "evaluation.bootstrap=50", "evaluation.max_starts=40"])
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    for layer in model.heads.values():
+        torch.nn.init.normal_(layer.weight, std=.02)
+    return model
+
+
+def test_memory_at_each_start_is_that_of_the_whole_game_so_far(reader, games):
+    columns = columns_of(games[0][1], reader.layout)
+    rows = np.array([0, 10, 11, 400, 1500])
+    stage = np.full(len(rows), games[0][1].stage)
+    kept = memories(reader, columns, rows, np.zeros(len(rows), int), stage)
+    whole = encode({n: torch.from_numpy(v)[None] for n, v in columns.items()}, torch.full((1, len(columns["x"])), int(stage[0])), reader.layout)
+    for i, row in enumerate(rows):
+        with torch.inference_mode():
+            expected = reader.prefill(take(whole, (slice(None), slice(row)))) if row else reader.init_state(1)
+        for mine, theirs in zip(kept, expected):
+            for a, b in zip(mine, theirs):
+                assert torch.allclose(a[i], b[0], atol=1e-5), row
+
+
+def test_one_step_by_sequences_is_one_pass_over_the_game(reader, games):
+    "Scoring in pieces with carried memory is scoring the whole game at once, on the frames that windows score."
+    md5, game = games[0]
+    scored = teacher_forced(reader, [(md5, game)], torch.device("cpu"), batch_size=100, memory="state", progress=False)
+    data, K, n = from_games([(md5, game)], reader.layout), reader.context_len, len(game)
+    batch = gather(data, torch.tensor([0]), n - 1, n - 1)
+    with torch.inference_mode():
+        prediction = reader(batch.frames, batch.controls)
+    late = Batch(take(batch.frames, (slice(None), slice(K - 1, None))), batch.controls[:, K - 1:], take(batch.target, (slice(None), slice(K - 1, None))))
+    total, _ = loss({k: v[:, K - 1:] for k, v in prediction.items()}, late, reader.config, reader.layout)
+    assert scored["windows"] == n - K == teacher_forced(reader, [(md5, game)], torch.device("cpu"), memory="window", progress=False)["windows"]
+    assert scored["loss"]["total"] == pytest.approx(float(total), rel=1e-4)
+
+
+def test_a_model_is_evaluated_as_it_was_taught(reader, games):
+    as_taught, by_windows = evaluate(reader, games, progress=False), evaluate(reader, games, memory="window", progress=False)
+    assert (as_taught["memory"], by_windows["memory"]) == ("state", "window")
+    assert as_taught["rollout"]["all"]["position_mae"]["constant_velocity"] == by_windows["rollout"]["all"]["position_mae"]["constant_velocity"]
+    assert as_taught["rollout"]["all"]["position_mae"]["model"] != by_windows["rollout"]["all"]["position_mae"]["model"]
+    dream = rollout(World(reader), games[0][1], start=300, frames=30)
+    columns = columns_of(games[0][1], reader.layout)
+    world = World(reader)                                     # the same by hand: all frames up to the start as the seed
+    world.reset({n: torch.from_numpy(v[None, :424]) for n, v in columns.items()}, torch.tensor([games[0][1].stage]), seed_clock(columns, np.array([423]), games[0][1].ports))
+    frames = world.run(replayed_controls(columns, np.array([423]), 30))
+    assert np.allclose(dream.columns["x"], frames["x"][0].numpy(), atol=1e-3)

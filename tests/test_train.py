@@ -234,3 +234,22 @@ def test_the_toy_game(toy, tmp_path, arch):
     print(f"\n{arch}: {outcome.position.seconds:.1f} s", {n: round(measured[n], 4) for n in ("action_acc", "action_change_acc", "position_mae")})
     assert measured["action_acc"] >= .989 and measured["action_change_acc"] >= .888 and measured["position_mae"] <= .5
     if arch == "mlp": assert outcome.position.seconds < 60   # 30 s on two cores with nothing else running
+
+
+def test_records_wait_while_the_disk_is_full(tmp_path, capsys):
+    tracker = Tracker(tmp_path)
+    tracker.log({"loss/total": 1.}, 1)
+    real, full = tracker.file, open("/dev/full", "ab", buffering=0)
+    class HalfFull:
+        "Takes ten bytes, then none."
+        def write(self, data): return real.write(data[:10]) if data[0:1] == b"{" else full.write(data)
+        def __getattr__(self, name): return getattr(real, name)
+    tracker.file = HalfFull()
+    tracker.log({"loss/total": 2.}, 2); tracker.log({"loss/total": 3.}, 3)
+    assert "2 records wait" in capsys.readouterr().err
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    tracker.file = real
+    tracker.log({"loss/total": 4.}, 4)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    tracker.file = HalfFull(); tracker.log({"loss/total": 5.}, 5)
+    with pytest.raises(UserError, match="cannot write the metrics"): tracker.close()

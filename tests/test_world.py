@@ -49,7 +49,7 @@ def pads(world, game, starts, frames):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_predicted_field_is_frozen(name, game):
-    world, starts = World(Restless(small(name))), np.arange(100, 600, 20)
+    world, starts = World(Restless(small(name)), memory="window"), np.arange(100, 600, 20)
     dream = seeded(world, game, starts).run(pads(world, game, starts, 30))
     assert set(dream) == {f.name for f in world.layout.fields}
     assert all(v.isfinite().all() for v in dream.values())
@@ -79,7 +79,7 @@ def test_streams_do_not_mix(name, game):
 
 @pytest.mark.parametrize("name", ["v1", "exp-1a2a-combined", "mamba2-1a"])
 def test_the_window_equals_re_encoding(name, game):
-    world, starts = World(Restless(small(name))), np.array([200, 300])
+    world, starts = World(Restless(small(name)), memory="window"), np.array([200, 300])
     K = world.context_len
     seed = seed_windows(columns_of(game, world.layout), starts, K)
     world.reset(seed, torch.tensor([game.stage]))
