@@ -20,6 +20,7 @@ from .mamba2 import parameter_count
 from .export import draw_rollout, read_rollout
 from .evaluate import plot_scorecard
 from .track import read_metrics
+from .devices import Team, leave
 from .experiment import choose_device, refuse_used_name, run_experiment
 from .execute import execute_run, run_notebook
 
@@ -176,7 +177,8 @@ def train_run(
 ) -> int:
     "Train an experiment by its run notebook: the exit code, as from `execute_run`."
     dataset_records(data); choose_device(device)
-    if int(os.environ.get("RANK", 0)): run_experiment(config, data, run_dir, device, resume=resume); return 0   # under torchrun: the first process keeps the record
+    if rank := int(os.environ.get("RANK", 0)):   # under torchrun: the first process keeps the record
+        run_experiment(config, data, run_dir, device, resume=resume); leave(Team(rank, int(os.environ["WORLD_SIZE"])))
     refuse_used_name(run_dir, resume)
     parameters = dict(experiment=to_dict(config), data=str(Path(data).resolve()), run_dir=str(Path(run_dir).resolve()), device=device, tracking=tracking, resume=resume, card_id=card_id)
     return execute_run(run_notebook("train"), run_dir, parameters, stream)

@@ -13,7 +13,7 @@ import torch
 from melee_wm.batches import from_games, gather, window_starts
 from melee_wm.checkpoint import content_hash
 from melee_wm.config import load_config
-from melee_wm.devices import Team, add_up_over, agree, average_gradients, broadcast_weights, everyone, join_rows, join_team, memory_advice, of_main, out_of_memory, share_of
+from melee_wm.devices import Team, add_up_over, agree, average_gradients, broadcast_weights, everyone, join_rows, join_team, leave, memory_advice, of_main, out_of_memory, share_of
 from melee_wm.encoding import layout_of
 from melee_wm.losses import loss
 from melee_wm.mamba2 import build_model
@@ -156,3 +156,4 @@ if __name__ == "__main__":
     with join_team("cpu") as team:   # they meet again
         result |= {"rows": odd_rows(team), "partly": partly_used(team)}
         if team.is_main: Path(sys.argv[1]).write_text(json.dumps(result))
+    leave(team)

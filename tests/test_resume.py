@@ -22,7 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from melee_wm.batches import from_games
 from melee_wm.checkpoint import has_training_state, load_training_state, read_tensors
 from melee_wm.config import load_config
-from melee_wm.core import UserError, quick_replays
+from melee_wm.core import UserError
+from melee_wm.devices import Team, leave, quick_replays
 from melee_wm.encoding import layout_of
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
@@ -265,5 +266,7 @@ def test_two_processes_begin_and_one_goes_on(team_mode, team, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, *rest = sys.argv[1:]
-    if what == "team": as_a_team(Path(folder), rest)
+    if what == "team":
+        as_a_team(Path(folder), rest)
+        leave(Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))))
     else: print(json.dumps({mode: kill_and_resume(Path(folder) / mode, mode, kills, random.Random(f"{rest[0]} {mode}")) for mode, kills in json.loads(rest[1]).items()}))
