@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from melee_wm.batches import from_games
 from melee_wm.checkpoint import has_training_state, load_training_state, read_tensors
 from melee_wm.config import load_config
-from melee_wm.core import UserError
-from melee_wm.devices import Team, leave, quick_replays
+from melee_wm.core import UserError, quick_replays
+from melee_wm.devices import Team, leave
 from melee_wm.encoding import layout_of
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
