@@ -161,7 +161,7 @@ def test_a_signal_to_the_command_ends_cleanly(dataset, tmp_path, number):
     assert process.returncode == 128 + number, errors
     assert run_status(run_dir) == "interrupted" and (run_dir / "checkpoints" / "latest.trainer.safetensors").is_file()
     assert (run_dir / "notebook.html").is_file() and "KeyboardInterrupt" in (run_dir / "notebook.ipynb").read_text()
-    assert "batch" in errors   # the progress bar came through to the terminal
+    assert "step" in errors   # the progress bar came through to the terminal
 
 
 def test_two_commands_one_run(dataset, tmp_path):
