@@ -23,7 +23,8 @@ from .encoding import EncodingRefused, Layout, check_encodable, columns_of, take
 from .batches import Batch, from_games, gather, window_starts
 from .packed import Games
 from .losses import loss
-from .nextframe import Clock, items_in
+from .rules import Clock
+from .nextframe import items_in
 from .metrics import ITEM_NAMES, batch_metrics, summarise
 from .world import World, memories, replayed_controls, seed_clock, seed_windows
 from .baselines import baseline_scores, calm_starts, field_score, flying_on, future, is_number, mean_to, position_error, projectile_starts, regular_starts

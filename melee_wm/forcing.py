@@ -19,7 +19,8 @@ from .encoding import Frames, Layout, controls_of, decode, encode, next_controls
 from .batches import Batch
 from .heads import Prediction
 from .mamba2 import State
-from .nextframe import LAST_DEAD, Clock, Columns, next_frame, start_clock, tick
+from .rules import LAST_DEAD, Clock, Columns, start_clock, tick
+from .nextframe import next_frame
 from .losses import loss
 
 # %% ../nbs/49_forcing.ipynb #0007

@@ -16,7 +16,8 @@ from .melee import ACTIONS, ACTION_VOCAB, CATEGORIES, CATEGORY_OF
 from .encoding import Layout, controls_of, decode
 from .batches import Batch
 from .losses import last_frames
-from .nextframe import Clock, items_in, next_frame
+from .rules import Clock
+from .nextframe import items_in, next_frame
 
 # %% ../nbs/42_metrics.ipynb #0009
 Sums = dict[str, tuple[Tensor, Tensor | int]]   # metric -> (sum, count); add them over batches

@@ -28,7 +28,7 @@ def processed(shoulder: np.ndarray, buttons: np.ndarray) -> tuple[np.ndarray, np
     return (np.where(grab, _GRAB, steps)/140).astype(np.float32), buttons | np.where(grab, BUTTON_BITS["a"], 0).astype(buttons.dtype)
 
 # %% ../nbs/08_repair.ipynb #0013
-_AGELESS = (0, 1, 2, 178, 179, 182, 322, 323, 324)   # actions whose age stands still (see `nextframe`)
+_AGELESS = (0, 1, 2, 178, 179, 182, 322, 323, 324)   # actions whose age stands still (see `rules`)
 
 def repeated(columns: dict[str, np.ndarray]) -> np.ndarray:
     "(T,) bool: rows that the next row replaces, because in it something has stood still that cannot."

@@ -17,7 +17,8 @@ from .encoding import Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
 from .config import Config
 from .mamba2 import State, keep_memory
-from .nextframe import Clock, certain, field_roles, head_targets, next_frame, start_clock, tick
+from .rules import Clock, start_clock, tick
+from .nextframe import certain, field_roles, head_targets, next_frame
 
 # %% ../nbs/43_world.ipynb #0006
 def seed_windows(

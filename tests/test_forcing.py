@@ -12,7 +12,7 @@ from melee_wm.forcing import _play_on, _read, add_context_noise, corrupt, own_co
 from melee_wm.losses import loss
 from melee_wm.mamba2 import build_model
 from melee_wm.metrics import batch_metrics, summarise
-from melee_wm.nextframe import start_clock
+from melee_wm.rules import start_clock
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
 from melee_wm.world import World

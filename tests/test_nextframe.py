@@ -9,7 +9,8 @@ from melee_wm.fields import BY_NAME, CONTROLS, HEADS
 from melee_wm.losses import last_frames, loss
 from melee_wm.melee import STAGES
 from melee_wm.metrics import NAMES, batch_metrics, summarise
-from melee_wm.nextframe import certain, choose, displacement, field_roles, head_names, head_targets, next_frame, no_clock, start_clock, tick, uneventful
+from melee_wm.rules import no_clock, start_clock, tick, uneventful
+from melee_wm.nextframe import certain, choose, displacement, field_roles, head_names, head_targets, next_frame
 from melee_wm.practice import practice_match
 from melee_wm.slp import read_slp
 
