@@ -20,7 +20,7 @@ from .frame import COLUMNS, FIRST_FRAME, ITEM_COLUMNS, PRE, Game, Table, cut
 from .slp import draw_match, write_slp
 from .fields import BUTTONS
 from .config import config_hash
-from .encoding import check_encodable, columns_of, items_of
+from .encoding import check_encodable, columns_of, items_of, state_flags
 from .world import World, memories, replayed_controls, seed_clock, seed_windows
 
 # %% ../nbs/46_export.ipynb #0007
@@ -55,6 +55,7 @@ def replay_columns(
     known["buttons"] = sum((fields[b] > .5) * BUTTON_BITS[b.removeprefix("button_")] for b in BUTTONS)
     known |= dict(buttons_physical=known["buttons"], raw_main_x=fields["main_x"]*80, trigger_left=fields["shoulder"], trigger_right=0*fields["shoulder"])
     if "hurtbox_state" not in known: known["hurtbox_state"] = fields["invulnerable"]
+    known |= {byte: seed[byte][start] & ~np.uint8(bit) | values for byte, (bit, values) in state_flags(fields).items()}
     if "ground" in known: known["ground"] = ground_of(seed.stage, np.asarray(known["ground"]))
     carried = [name for name in RECORDED if name in seed and name not in known]
     frames = len(fields["x"])

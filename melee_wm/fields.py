@@ -14,7 +14,7 @@ class Field(NamedTuple):
     "One thing the model sees of a player (or, for the stage, of the frame)."
     name: str        # a column of `frame`, or a control derived from one
     kind: str        # float, binary, control or category
-    level: str       # the first encoding that has it: v1, v2, v2.1
+    level: str       # the first encoding that has it: v1, v2, v2.1, v3
     scale: float     # encoded = scale * game value (floats)
     vocab: int       # number of ids (categories)
     dim: int         # width of the embedding (categories)
@@ -27,7 +27,7 @@ class Field(NamedTuple):
         "The name without its slot: all slots share one embedding."
         return self.name.replace(f"item{self.slot}_", "item_") if self.slot else self.name
 
-LEVELS = ("v1", "v2", "v2.1")   # each level has all fields of those before it
+LEVELS = ("v1", "v2", "v2.1", "v3")   # each level has all fields of those before it
 
 def _fields(rows: str) -> tuple[Field, ...]:
     parts = [[p.strip() for p in line.split("|")] for line in rows.strip().splitlines()]
@@ -48,9 +48,13 @@ FIELDS = _fields("""
     hitlag             | float    | v2   | 0.1  | 0   | 0  | dynamics    | absolute
     stocks             | float    | v2   | 0.25 | 0   | 0  | dynamics    | absolute
     combo_count        | float    | v2.1 | 0.1  | 0   | 0  | dynamics    | absolute
+    hitstun            | float    | v3   | 0.02 | 0   | 0  | timers      | absolute
+    action_frames      | float    | v3   | 0.02 | 0   | 0  | -           | rule
+    trigger_frames     | float    | v3   | 0.02 | 0   | 0  | -           | rule
     facing             | binary   | v1   | 1    | 0   | 0  | binary      | logit
     invulnerable       | binary   | v1   | 1    | 0   | 0  | binary      | logit
     on_ground          | binary   | v1   | 1    | 0   | 0  | binary      | logit
+    fast_fall          | binary   | v3   | 1    | 0   | 0  | flags       | logit
     main_x             | control  | v1   | 1    | 0   | 0  | -           | given
     main_y             | control  | v1   | 1    | 0   | 0  | -           | given
     c_x                | control  | v1   | 1    | 0   | 0  | -           | given
@@ -110,6 +114,7 @@ class Head(NamedTuple):
 HEAD_GROUPS = {"core": ("continuous", "binary", "action", "jumps"),
                "kinematics": ("velocity", "dynamics"),
                "combat": ("l_cancel", "hurtbox", "ground", "last_attack"),
+               "status": ("timers", "flags"),
                "projectiles": ("item_type", "item_state", "item_spawn", "item_motion")}
 DEFAULT_GROUPS = ("core", "kinematics", "combat")
 

@@ -120,6 +120,15 @@ class Stage(NamedTuple):
     ground_ids: tuple[int, ...]                           # of the floor's pieces, left to right
     platform_ids: tuple[int, ...]
 
+    @property
+    def segments(self) -> list[tuple[float, float, float, float]]:
+        "(left, height there, right, height there) of all surfaces, from left to right; level neighbours in the floor are one."
+        floor = []
+        for (x0, y0), (x1, y1) in zip(self.ground, self.ground[1:]):
+            if floor and floor[-1][1] == floor[-1][3] == y0 == y1: floor[-1] = (*floor[-1][:2], x1, y1)
+            else: floor.append((x0, y0, x1, y1))
+        return sorted(floor + [(left, height, right, height) for left, right, height in self.platforms])
+
 # %% ../nbs/01_melee.ipynb #0018
 def _floor(xs: str, ids: str, ys: str = "") -> tuple:
     x = [float(v) for v in xs.split()]
@@ -133,13 +142,13 @@ def _stage(slippi_id, libmelee_id, name, short, blast_zone, floor, platforms, pl
 
 STAGES: dict[int, Stage] = {s.slippi_id: s for s in (
     _stage(2, 8, "Fountain of Dreams", "FOUNTAIN_OF_DREAMS", (-198.75, 198.75, 202.5, -146.25),
-        _floor("-63.3475 -53.5 -51 51 53.5 63.3475", "3 4 5 6 7", "0.6239 0.6239 0.0029 0.0029 0.6239 0.6239"),
+        _floor("-63.3475 -53.585 -51.261 51.261 53.585 63.3475", "3 4 5 6 7", "0.6239 0.6239 0.0029 0.0029 0.6239 0.6239"),
         ((-49.5, -21.0, 16.125), (21.0, 49.5, 22.125), (-14.25, 14.25, 42.7501)), (0, 1, 2),
         ((-41.25, 21.0), (41.25, 27.0), (0.0, 5.25), (0.0, 48.0)), ((0.0, 63.75),)*4),
     _stage(3, 18, "Pokémon Stadium", "POKEMON_STADIUM", (-230.0, 230.0, 180.0, -111.0),
         _floor("-87.75 -72.5 -70 70 72.5 87.75", "51 52 34 53 54"), ((-55.0, -25.0, 25.0001), (25.0, 55.0, 25.0001)), (35, 36),
         ((-40.0, 32.0), (40.0, 32.0), (70.0, 7.0), (-70.0, 7.0)), ((0.0, 60.0),)*4, (34, 35, 36, 51, 52, 53, 54)),
-    _stage(8, 6, "Yoshi's Story", "YOSHIS_STORY", (-175.7, 173.6, 168.0, -91.0), _floor("-56 -39 39 56", "2 3 6", "-3.5 0 0 -3.5"),
+    _stage(8, 6, "Yoshi's Story", "YOSHIS_STORY", (-175.7, 173.6, 168.0, -91.0), _floor("-56 -39.2 39.2 56", "2 3 6", "-3.5 0 0 -3.5"),
         ((-59.5, -28.0, 23.4501), (28.0, 59.5, 23.4501), (-15.75, 15.75, 42.0001)), (1, 5, 4),
         ((-42.0, 26.6), (42.0, 28.0), (0.0, 46.9), (0.0, 4.9)), ((0.0, 52.5),)*4, tuple(range(7))),
     _stage(28, 26, "Dream Land N64", "DREAMLAND", (-255.0, 255.0, 250.0, -123.0),

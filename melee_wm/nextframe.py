@@ -12,8 +12,8 @@ from .fields import BY_NAME, CONTROLS, HEAD_GROUPS, HEADS, ITEM_FIELDS, STAGE
 from functools import cache
 import torch
 from torch import Tensor
-from .encoding import Frames, Layout
-from .rules import LAST_DEAD, REBIRTH, Clock, Columns, next_age, no_clock, referee, rule_tables
+from .encoding import LONGEST_COUNT, Frames, Layout
+from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, next_age, no_clock, referee, rule_tables
 
 # %% ../nbs/40_nextframe.ipynb #0007
 def speed_of(frame: Columns) -> tuple[Tensor, Tensor]:
@@ -71,6 +71,11 @@ def propose(
 # %% ../nbs/40_nextframe.ipynb #0020
 LEAST_DAMAGE = 0.74   # percent; the smallest rise in 36 real matches
 
+def _counted_down(last: Tensor, said: Tensor, frozen: Tensor | None) -> Tensor:
+    "Hitstun on the game's grid: set anew, or over, where that is nearest to what is said; else one frame less, and in hitlag none."
+    counted = (last - 1 if frozen is None else torch.where(frozen, last, last - 1)).clamp(min=0)
+    return torch.where(said > last + .5, said, torch.where(said < counted/2, 0., counted)).clamp(min=0)
+
 def settle(last: Columns, proposed: Columns) -> Columns:
     "The proposal on the game's grid: hitlag that counts down, whole combo, percent that does not creep, shield within 0 and 60."
     new = dict(proposed)
@@ -81,6 +86,7 @@ def settle(last: Columns, proposed: Columns) -> Columns:
     if "hitlag" in new:
         said = new["hitlag"].round()
         new["hitlag"] = torch.where((said > last["hitlag"]) | (last["hitlag"] < .5), said, last["hitlag"] - 1).clamp(min=0)
+    if "hitstun" in new: new["hitstun"] = _counted_down(last["hitstun"], new["hitstun"].round(), new["hitlag"] > .5 if "hitlag" in new else None)
     if "hurtbox_state" in new: new["invulnerable"] = (new["hurtbox_state"] != 0).float()
     return new
 
@@ -130,6 +136,15 @@ def next_items(
     return {f"item{slot + 1}_{n}": v for n, values in new.items() for slot, v in enumerate(values.masked_fill(gone, 0).unbind(-1))}
 
 # %% ../nbs/40_nextframe.ipynb #0029
+_TRIGGERS = [CONTROLS.index(n) for n in ("button_l", "button_r")]
+
+def _counters(last: Columns, new: Columns, controls: Tensor) -> Columns:
+    "The counters of the level v3: frames in the action, and since a trigger was pressed."
+    down, before = (controls[..., _TRIGGERS] > .5).any(-1), torch.maximum(last["button_l"], last["button_r"]) > .5     # (..., 2)
+    frames = torch.where(new["action_state"] == last["action_state"], last["action_frames"] + 1, 1.)
+    since = torch.where(down & ~before, 0., last["trigger_frames"] + 1)
+    return {"action_frames": frames.clamp(max=LONGEST_COUNT), "trigger_frames": since.clamp(max=LONGEST_COUNT)}
+
 def next_frame(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width), items (..., 2, slots, width): one position of a model's output
@@ -147,10 +162,12 @@ def next_frame(
     new = settle(last, propose(last, prediction, heads, temperature, generator))
     freezes = "hitlag" in new
     if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
+    new["y"] = footing(last, new, stage.long())
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given" and not f.slot} | new
     living = prediction["action"][..., REBIRTH + 1:].argmax(-1) + REBIRTH + 1
     new = referee(last, new, living, stage.long(), clock)
     if "state_age" in last: new["state_age"] = next_age(last, new, clock, freezes)
+    if "action_frames" in last: new |= _counters(last, new, controls)
     if layout.slots: new |= next_items(last, prediction, stage.long(), layout.slots, temperature, generator)
     new |= zip(CONTROLS, controls.unbind(-1))
     return {f.name: new[f.name] for f in layout.fields}
@@ -222,7 +239,7 @@ def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
 def field_roles(layout: Layout, heads: tuple[str, ...]) -> dict[str, list[str]]:
     "What becomes of every field of the layout from frame to frame: predicted, ruled, carried or given."
     predicted = {f for name in head_names(heads) for f in HEADS[name].fields}
-    ruled = {"state_age", "stocks"} | ({"invulnerable"} if "hurtbox_state" in predicted else set())
+    ruled = {"stocks"} | {f.name for f in layout.fields if f.target == "rule"} | ({"invulnerable"} if "hurtbox_state" in predicted else set())
     def role(f): return "given" if f.target == "given" else "ruled" if f.name in ruled else "predicted" if f.name in predicted else "carried"
     roles = {r: [f.name for f in layout.fields if role(f) == r] for r in ("predicted", "ruled", "carried", "given")}
     if layout.has_stage: roles["carried"].append(STAGE.name)

@@ -30,7 +30,7 @@ def storage_of(field: Field) -> str:
     if field.kind == "category":
         bits = (field.vocab - 1).bit_length()
         return f"bits{bits}" if bits <= 4 and not field.slot else "uint8" if bits <= 8 else "uint16"
-    if field.name == "hitlag": return "uint8"   # a float in the replay, whole frames in every real match
+    if field.name in ("hitlag", "action_frames", "trigger_frames"): return "uint8"   # hitlag is a float in the replay, whole frames in every real match
     return COLUMNS[field.name].dtype if field.name in COLUMNS else "float32"
 
 # %% ../nbs/23_packed.ipynb #0010

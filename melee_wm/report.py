@@ -51,9 +51,8 @@ def data_card(data):
 def show_experiment(config, run_dir):
     "Show the name, the purpose and the model of an experiment."
     model, training = config.model, config.training
-    size = " x ".join(map(str, model.hidden)) if model.arch == "mlp" else f"{model.n_layers} layers of width {model.d_model}"
     length = f"{training.minutes:g} minutes" if training.minutes else f"{training.epochs} epochs"
-    _page(f'<p class="headline"><b>{html.escape(Path(run_dir).name)}</b>: {html.escape(config.description)}</p>' + _table([], [["Experiment", f"{config.name} ({config_hash(config)})"], ["Model", f"{model.arch}, {size}, {parameter_count(config):,} parameters, {model.context_len} frames of context"],
+    _page(f'<p class="headline"><b>{html.escape(Path(run_dir).name)}</b>: {html.escape(config.description)}</p>' + _table([], [["Experiment", f"{config.name} ({config_hash(config)})"], ["Model", f"{model.arch}, {model.size}, {parameter_count(config):,} parameters, {model.context_len} frames of context"],
         ["Training", f"{length}, batch {training.batch_size}, learning rate {training.lr:g}, seed {training.seed}"]]))
 
 def show_run(manifest: dict):

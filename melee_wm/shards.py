@@ -29,7 +29,7 @@ from .parsed import fingerprint, read_game
 from .dataset import load_games, read_meta
 from .fields import BUTTONS
 from .config import Config, EncodingConfig, config_hash, to_dict
-from .encoding import EncodingRefused, Layout, items_of, layout_of, source_columns
+from .encoding import EncodingRefused, Layout, items_of, layout_of, source_columns, state_flags
 from .packed import Games, Packing, Piece, games_in, join, pack_game, packing_of
 from .batches import GAMES_PER_PIECE
 
@@ -201,6 +201,7 @@ def game_of(games: Games, i: int, record: dict) -> Game:
     values = {name: v[0].numpy() for name, v in values.items()}                                          # (T, 2)
     columns = {name: v.astype(COLUMNS[name].dtype) for name, v in values.items() if name in COLUMNS}
     columns["buttons"] = sum(values[name].astype(np.uint32)*np.uint32(BUTTON_BITS[name.removeprefix("button_")]) for name in BUTTONS)
+    columns |= {byte: values for byte, (_, values) in state_flags(values).items()}
     if "ground" in columns: columns["ground"] = ground_of(record["stage"], columns["ground"])
     if "hurtbox_state" not in columns: columns["hurtbox_state"] = values["invulnerable"].astype(np.uint8)   # v1 keeps the bit only
     info = {"synthetic": record["synthetic"]} if record["synthetic"] else {}

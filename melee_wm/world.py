@@ -16,9 +16,10 @@ from .fields import CONTROLS, HEADS
 from .encoding import Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
 from .config import Config
+from .ego import EgoMLP
 from .mamba2 import State, keep_memory
 from .rules import Clock, start_clock, tick
-from .nextframe import certain, field_roles, head_targets, next_frame
+from .nextframe import certain, choose, field_roles, head_targets, next_frame
 
 # %% ../nbs/43_world.ipynb #0006
 def seed_windows(
@@ -162,6 +163,16 @@ def _told(self: World, encoded: Frames, controls: Tensor, following: Tensor | No
     return control_features(controls, self.layout, controls_of(encoded, self.layout))
 
 @patch
+def _drawn(self: World, window: Frames, told: Tensor) -> dict[str, Tensor]:
+    "The prediction of a model whose other heads hear the action: drawn first, and said for certain."
+    drawn = []
+    def draw(logits):
+        drawn.append(choose(logits, False, self.sample, self.generator))
+        return drawn[0]
+    prediction = self.model(window, told, draw)
+    return prediction | certain({"action": drawn[0]})
+
+@patch
 @torch.inference_mode()
 def step(self: World,
     controls: Tensor,                     # (B, 2, 13) both players' controllers in the frame to come
@@ -172,6 +183,7 @@ def step(self: World,
     controls, encoded = controls.to(self.device), take(window, (slice(None), -1))
     told = self._told(encoded, controls, next_controls)                                   # (B, 1, C)
     if self.memory == "state": prediction, memory = self.model.step(encoded, told[:, 0], memory)
+    elif self.sample and isinstance(self.model, EgoMLP): prediction = self._drawn(window, told)
     else: prediction = self.model(window, told)
     prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, ...)
     if self.missing:
