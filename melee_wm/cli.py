@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'JsonFlag', 'PRACTICE_GAMES', 'main', 'practice', 'data_build', 'data_info', 'data_sources',
-           'data_fetch', 'encode', 'experiments', 'description', 'describe', 'train', 'eval_', 'rollout', 'demo',
-           'import_', 'bench', 'diagnosis', 'doctor']
+           'data_fetch', 'encode', 'experiments', 'description', 'describe', 'train', 'eval_', 'rollout', 'lint',
+           'demo', 'import_', 'bench', 'diagnosis', 'doctor']
 
 # %% ../nbs/90_cli.ipynb #0002
 import importlib.metadata, json, os, platform, shutil, sys
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from typer import Argument, Option
-from .core import UserError, project_root, setting, write_json
+from .core import UserError, json_safe, project_root, setting, write_json
 from .config import Config, config_hash, experiment_names, load_config
 
 # %% ../nbs/90_cli.ipynb #0007
@@ -199,19 +199,25 @@ def eval_(
     split: Annotated[str, Option(help="val, train or all")] = "val",
     games: Annotated[Optional[Path], Option(metavar="MD5FILE", help="evaluate on exactly these games, one MD5 a line")] = None,
     memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
+    dreams: Annotated[bool, Option("--dreams", help="also what happens in its dreams, and whether they obey the game: some minutes more")] = False,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto",
     json_: JsonFlag = False):
     "Score a model beside doing nothing. Example: melee-wm eval demo --data runs/demo/data"
     from melee_wm.checkpoint import find_checkpoint, load_model, read_manifest
+    from melee_wm.dreams import dream_report, dream_text
     from melee_wm.evaluate import evaluate, scorecard
+    from melee_wm.world import World
     from melee_wm.experiment import choose_device
     from melee_wm.shards import dataset_games
     checkpoint = find_checkpoint(model)
     if split not in ("val", "train", "all"): raise UserError("bad --split", split, expected="val, train or all")
     wanted = _selected(data, split, games, read_manifest(checkpoint.parent.parent) or {})
-    result = evaluate(load_model(checkpoint, choose_device(device)), list(dataset_games(data, wanted)), split=games.stem if games else split, memory=memory)
+    model, some = load_model(checkpoint, choose_device(device)), list(dataset_games(data, wanted))
+    result = evaluate(model, some, split=games.stem if games else split, memory=memory)
+    if dreams: result |= dream_report(World(model, memory=memory), some)
     if json_: return _print_json(result)
     print(scorecard(result))
+    if dreams: print("\n" + dream_text(result))
 
 @app.command()
 def rollout(
@@ -237,6 +243,49 @@ def rollout(
     print(f"{frames} frames dreamt on from frame {start} in {output}")
 
 # %% ../nbs/90_cli.ipynb #0020
+def _lintable(files: list[Path], wanted: set[str] | None):
+    "(name, columns, stage, first frame's number) of every replay and rollout; with `wanted`, of the replays with these MD5s."
+    import hashlib, tempfile
+    from melee_wm.archives import find_files, replays_in
+    from melee_wm.export import read_rollout
+    from melee_wm.slp import ReplayError, read_slp
+    for path in (f for f in files if f.suffix == ".json"):
+        dream = read_rollout(path)
+        yield str(path), {n: v for n, v in dream.columns.items() if n not in dream.source["carried"]}, dream.stage, int(dream.frame[0])
+    replays = [f for f in files if f.suffix != ".json"]
+    for found in (found for path in (find_files(replays) if replays else []) for found in replays_in(path)):
+        data = found.data.read_bytes() if isinstance(found.data, Path) else found.data
+        if wanted is not None and (data is None or hashlib.md5(data).hexdigest() not in wanted): continue
+        try:
+            if found.problem: raise ReplayError("unreadable replay", found.label, got=found.problem)
+            with tempfile.TemporaryDirectory() as folder:
+                (file := Path(folder)/Path(found.name).name).write_bytes(data)
+                game = read_slp(file)
+        except ReplayError as error:
+            if Path(found.label) in replays: raise
+            print(f"melee-wm: passed over: {error}", file=sys.stderr)
+        else: yield found.label, game.columns, game.stage, int(game.frame_numbers[0])
+
+@app.command()
+def lint(
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="replays (.slp, .slp.gz, .slpz, .zip, .7z or folders of them), or rollouts as .json")],
+    games: Annotated[Optional[Path], Option(metavar="MD5FILE", help="only the replays with these MD5s, one a line")] = None,
+    json_: JsonFlag = False):
+    "How often a match or a rollout breaks the laws of the game, and where. Example: melee-wm lint dream.slp"
+    from melee_wm.constants import load_tables
+    from melee_wm.physics import lint as check, report_json, report_text, total
+    floors, wanted = load_tables().floors, set(games.read_text().split()) if games else None
+    reports = {name: check(columns, stage, first) for name, columns, stage, first in _lintable(files, wanted)}
+    if not reports: raise UserError("nothing to lint", ", ".join(map(str, files)), expected="at least one readable replay or rollout" + (" with a listed MD5" if games else ""))
+    if json_:
+        results = [report_json(name, report, floors) for name, report in reports.items()]
+        return _print_json(json_safe(results if len(results) > 1 else results[0]))
+    if len(reports) == 1: return print(report_text(next(iter(reports.values())), floors))
+    print(f"{len(reports)} files, " + report_text(total(reports.values()), floors))
+    for name, report in reports.items():
+        for place in report.worst[:1]: print(f"worst of {name}: from frame {place['frame']}, player {place['player']}: " + ", ".join(f"{n} {k}" for n, k in place["broken"].items()))
+
+# %% ../nbs/90_cli.ipynb #0023
 PRACTICE_GAMES = 32
 
 def _free_name(folder: Path) -> Path:
@@ -273,7 +322,7 @@ def _finish_demo(run_dir: Path) -> None:
     print(f"\n4. What you have now\n   {run_dir/'notebook.html'}   the report: open it in a browser\n   {run_dir/'rollout.slp'}   a match it dreamt: open it in Slippi's tools or slippilab.com\n   {run_dir}/checkpoints/   the weights\n"
           f"\nNext: melee-wm rollout {run_dir} --output dream.slp   ·   melee-wm experiments   ·   the book in nbs/")
 
-# %% ../nbs/90_cli.ipynb #0022
+# %% ../nbs/90_cli.ipynb #0025
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, Argument(metavar="FILE.pt", help="a checkpoint of the predecessor")],
@@ -299,7 +348,7 @@ def bench(
     report = run_bench(BENCHES, names or ["all"], replays, games, repeats)
     _print_json(report) if json_ else print(bench_table(report))
 
-# %% ../nbs/90_cli.ipynb #0024
+# %% ../nbs/90_cli.ipynb #0027
 def diagnosis() -> list[tuple[str, str, str]]:
     "(thing, what was found or '', what to do where it is missing) for everything the project can use."
     import torch

@@ -69,6 +69,8 @@ LAST_DEAD, REBIRTH = 10, 12   # actions up to 10 die; 12 rides the halo down (AC
 TOP_KNOCKBACK = 2.2           # upward knockback that makes the upper blast zone deadly: deaths had 3.1 or more, survivors 1.3 or less
 DEATH_MARGIN = 5.             # game units before the line at which a predicted death is believed
 _DEAD_FRAMES = {60: (0, 1, 2, 3), 176: (4,), 78: (7,)}   # how long the ways to die last; the others as long as the model says
+_STOCK_FRAMES = {131: (4,), 43: (7,)}                    # upward deaths: after how many frames of which action the stock is gone
+_FALL, _FALL_FRAMES = 6, 51                              # DeadUpFall, and how long before it meets the camera (action 7)
 _REBIRTH_FRAMES = 60
 _REBIRTH_HEIGHT = {2: 111.69, 3: 119., 8: 117.2, 28: 188.24, 31: 135.07, 32: 112.85}   # stage -> y of the first frame back
 
@@ -90,6 +92,7 @@ class RuleTables(NamedTuple):
     "What is known of actions, stages and kinds of item."
     ages: Tensor          # (actions, 3) usual step, first age, age that begins again at 0
     dead_frames: Tensor   # (actions,)
+    stock_frames: Tensor  # (actions,)
     zone: Tensor          # (stages, 4) left, right, top, bottom
     rebirth: Tensor       # (stages, 4 ports, 4) x, y, speed, facing (towards the middle); NaN where unknown
     steady: Tensor        # (kinds of item,) bool
@@ -112,7 +115,7 @@ def rule_tables(device: torch.device) -> RuleTables:
             still = [(*s, s[:2] in stage.ground) for s in stage.segments if not (i == _FOUNTAIN and s[:2] not in stage.ground and s[0] != -s[2])]
             segments[i, :len(still)] = torch.tensor(still, dtype=torch.float32)
         ages = torch.stack([by_action(_AGE_STEP, 1), by_action(_AGE_FIRST, 0), by_action(_AGE_LOOP, torch.inf)], -1)
-        tables = ages, by_action(_DEAD_FRAMES, torch.inf), zone, rebirth, torch.tensor([p.steady for p in PROJECTILES]), segments
+        tables = ages, by_action(_DEAD_FRAMES, torch.inf), by_action(_STOCK_FRAMES, torch.inf), zone, rebirth, torch.tensor([p.steady for p in PROJECTILES]), segments
         return RuleTables(*(t.to(device) for t in tables))
 
 # %% ../nbs/39_rules.ipynb #0022
@@ -159,6 +162,7 @@ def fate_of(
     unlikely = ~(dead | dies) & (said <= torch.where(was == REBIRTH, LAST_DEAD, REBIRTH))
     action = torch.where(unlikely, living, action)
     action = torch.where(waits & (timed | (said > LAST_DEAD)), was, action)
+    action = torch.where(waits & (was == _FALL) & (clock.in_action >= _FALL_FRAMES), _FALL + 1, action)
     return Fate(dies, waits, returns, rides), action.masked_fill(returns | rides, REBIRTH)
 
 # %% ../nbs/39_rules.ipynb #0028
@@ -212,5 +216,6 @@ def referee(
     frame["y"] = torch.where(held, sunk, torch.where(back, py, new["y"].clamp(bottom, top)))
     frame["facing"] = torch.where(back, facing, frame["facing"])
     if "speed_y" in frame: frame["speed_y"] = torch.where(back, sinks, frame["speed_y"])
-    if "stocks" in frame: frame["stocks"] = (last["stocks"] - fate.dies.float()).clamp(0, 4)
+    lost = fate.dies & (action < 4) | (clock.in_action == tables.stock_frames[last["action_state"]])       # whoever flies up is paid for later
+    if "stocks" in frame: frame["stocks"] = (last["stocks"] - lost.float()).clamp(0, 4)
     return frame

@@ -59,7 +59,7 @@ def test_real_replays_are_reproduced(replays):
         for field in true:
             wrong.setdefault(field, []).append((made[field] - true[field]).abs().gt(.006).float().mean().item())
     for field, shares in wrong.items():
-        assert max(shares) < (.12 if field == "state_age" else .005), (field, shares)
+        assert max(shares) < {"state_age": .12, "y": .01}.get(field, .005), (field, shares)   # y: some surfaces move, and nobody tells the rules
     assert max(wrong["action_state"]) == 0   # every real death, wait and return is by the rules
 
 
@@ -94,7 +94,9 @@ def test_any_nonsense_stays_a_match(match, name):
         assert (new["percent"] >= frame["percent"])[~is_dead & ~(new["action_state"] == 12)].all() and (new["percent"] <= 999).all()
         assert ((new["shield"] >= 0) & (new["shield"] <= 60)).all()
         if "stocks" in new:
-            assert torch.equal(new["stocks"], (frame["stocks"] - (is_dead & ~was_dead).float()).clamp(0, 4))   # one for each death
+            at_once = is_dead & ~was_dead & (new["action_state"] < 4)
+            later = (frame["action_state"] == 4) & (clock.in_action == 131) | (frame["action_state"] == 7) & (clock.in_action == 43)
+            assert torch.equal(new["stocks"], (frame["stocks"] - (at_once | later).float()).clamp(0, 4))   # one for each death
             assert not (was_dead & ~is_dead & (frame["stocks"] < .5)).any()
         if "hitlag" in new:
             assert torch.equal(new["hitlag"], new["hitlag"].round())
@@ -283,7 +285,7 @@ def test_units():
     alive = ((last_frames(batch).ints[..., layout.int_index("action_state")] > 13) & (batch.target.ints[..., layout.int_index("action_state")] > 13)).all((1, 2))
     batch = batch._replace(frames=take(batch.frames, alive), controls=batch.controls[alive], target=take(batch.target, alive))
     perfect = certain(head_targets(last_frames(batch), batch.target, layout, config.model.heads, True))
-    off = perfect | {"continuous": perfect["continuous"] + torch.tensor([.01, .05, .05, 0])}
+    off = perfect | {"continuous": perfect["continuous"] + torch.tensor([.01, .1, 0, 0])}   # two units of x: a fighter's feet stay on the floor
     measured = summarise(batch_metrics(off, batch, config, layout))
     assert abs(measured["position_mae"] - 1) < 1e-3 and abs(measured["damage_mae"] - 1) < 1e-3
     faster = perfect | {"velocity": perfect["velocity"] + .05}
