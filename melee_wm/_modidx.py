@@ -361,6 +361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'melee_wm.ego.likeliest': ('ego.html#likeliest', 'melee_wm/ego.py'),
                               'melee_wm.ego.moment': ('ego.html#moment', 'melee_wm/ego.py'),
                               'melee_wm.ego.near_and_far': ('ego.html#near_and_far', 'melee_wm/ego.py'),
+                              'melee_wm.ego.numbers': ('ego.html#numbers', 'melee_wm/ego.py'),
                               'melee_wm.ego.surroundings': ('ego.html#surroundings', 'melee_wm/ego.py'),
                               'melee_wm.ego.views': ('ego.html#views', 'melee_wm/ego.py')},
             'melee_wm.encoding': { 'melee_wm.encoding.EncodingRefused': ('encoding.html#encodingrefused', 'melee_wm/encoding.py'),
