@@ -86,7 +86,8 @@ def dying(last: Columns, new: Columns, zone: Tensor) -> tuple[Tensor, Tensor]:
     return dies, torch.where(dies & ~said, torch.where(side < 3, side, 4), new["action_state"])   # down, left, right, or a star
 
 # %% ../nbs/39_rules.ipynb #0019
-_FOUNTAIN = 2   # Fountain of Dreams, whose side platforms rise and sink
+_FOUNTAIN = 2          # Fountain of Dreams, whose side platforms rise and sink
+_THROWN = 239, 243     # actions, from ThrownF to ThrownLwWomen: "on the ground" in somebody's hands
 
 class RuleTables(NamedTuple):
     "What is known of actions, stages and kinds of item."
@@ -96,7 +97,8 @@ class RuleTables(NamedTuple):
     zone: Tensor          # (stages, 4) left, right, top, bottom
     rebirth: Tensor       # (stages, 4 ports, 4) x, y, speed, facing (towards the middle); NaN where unknown
     steady: Tensor        # (kinds of item,) bool
-    segments: Tensor      # (stages, surfaces, 5) left, its height, right, its height, and 1 for the floor; NaN where there is none. Without those that move
+    segments: Tensor      # (stages, surfaces, 5) left, right, height at x = 0, slope, and 1 for the floor; without those that move
+    footed: Tensor        # (actions,) 1 where one stands or falls by oneself: not dead, on the halo, or in somebody's hands
 
 @cache
 def rule_tables(device: torch.device) -> RuleTables:
@@ -108,32 +110,33 @@ def rule_tables(device: torch.device) -> RuleTables:
     with torch.inference_mode(False):
         zone = torch.tensor([-torch.inf, torch.inf, torch.inf, -torch.inf]).repeat(STAGE.vocab, 1)
         rebirth = torch.full((STAGE.vocab, 4, 4), torch.nan)
-        segments = torch.full((STAGE.vocab, max(len(s.segments) for s in STAGES.values()), 5), torch.nan)
+        segments = torch.tensor([torch.inf, -torch.inf, 0., 0., 0.]).repeat(STAGE.vocab, max(len(s.segments) for s in STAGES.values()), 1)   # nowhere
         for i, stage in STAGES.items():
             zone[i], high = torch.tensor(stage.blast_zone), _REBIRTH_HEIGHT[i]
             rebirth[i] = torch.tensor([[x, high, (y - high)/(_REBIRTH_FRAMES - 1), x < 0] for x, y in stage.respawns])
-            still = [(*s, s[:2] in stage.ground) for s in stage.segments if not (i == _FOUNTAIN and s[:2] not in stage.ground and s[0] != -s[2])]
-            segments[i, :len(still)] = torch.tensor(still, dtype=torch.float32)
+            still = [s for s in stage.segments if not (i == _FOUNTAIN and s[:2] not in stage.ground and s[0] != -s[2])]
+            lines = [(x0, x1, y0 - x0*(y1 - y0)/(x1 - x0), (y1 - y0)/(x1 - x0), (x0, y0) in stage.ground) for x0, y0, x1, y1 in still]
+            segments[i, :len(lines)] = torch.tensor(lines, dtype=torch.float32)
         ages = torch.stack([by_action(_AGE_STEP, 1), by_action(_AGE_FIRST, 0), by_action(_AGE_LOOP, torch.inf)], -1)
-        tables = ages, by_action(_DEAD_FRAMES, torch.inf), by_action(_STOCK_FRAMES, torch.inf), zone, rebirth, torch.tensor([p.steady for p in PROJECTILES]), segments
+        tables = ages, by_action(_DEAD_FRAMES, torch.inf), by_action(_STOCK_FRAMES, torch.inf), zone, rebirth, torch.tensor([p.steady for p in PROJECTILES]), segments, by_action({0: (*range(REBIRTH + 2), *range(_THROWN[0], _THROWN[1] + 1))}, 1)
         return RuleTables(*(t.to(device) for t in tables))
 
 # %% ../nbs/39_rules.ipynb #0022
 FOOTING = 2.                    # game units within which one who is said to stand stands on a surface
 SUNK = 8.                       # game units below the floor to which no fall from above goes
-_THROWN = 239, 243              # actions, from ThrownF to ThrownLwWomen: "on the ground" in somebody's hands
 
 def footing(last: Columns, new: Columns, stage: Tensor) -> Tensor:
     "The height of each fighter, (..., 2), with feet on the surface and not through the floor; `stage` (...)."
-    left, at_left, right, at_right, floor = rule_tables(stage.device).segments[stage].unsqueeze(-3).unbind(-1)   # (..., 1, surfaces)
-    def above(x, y): return y.unsqueeze(-1) - (at_left + (at_right - at_left)*((x.unsqueeze(-1) - left)/(right - left)).clamp(0, 1))
-    over, was = above(new["x"], new["y"]), above(last["x"], last["y"])                                           # (..., 2, surfaces)
-    beside = (new["x"].unsqueeze(-1) < left) | (new["x"].unsqueeze(-1) > right) | left.isnan()
+    tables = rule_tables(stage.device)
+    left, right, height, slope, floor = tables.segments[stage].unsqueeze(-3).unbind(-1)                          # (..., 1, surfaces)
+    def above(frame): return frame["y"].unsqueeze(-1) - torch.addcmul(height, slope, frame["x"].unsqueeze(-1))    # (..., 2, surfaces)
+    x, over, action = new["x"].unsqueeze(-1), above(new), new["action_state"]
+    beside = (x < left) | (x > right)
     off, nearest = over.abs().masked_fill(beside, torch.inf).min(-1)
-    thrown = (new["action_state"] >= _THROWN[0]) & (new["action_state"] <= _THROWN[1])
-    stands = (new["on_ground"] > .5) & (off < FOOTING) & ~thrown & (new["action_state"] > REBIRTH + 1)
-    sunk = torch.where(beside | (floor < .5) | (over > -SUNK) | (was < -SUNK), 0., over).clamp(max=0).amin(-1).masked_fill(thrown | (new["action_state"] <= LAST_DEAD), 0)
-    return new["y"] - torch.where(stands, over.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), sunk)
+    lift = torch.where((off < FOOTING) & (new["on_ground"] > .5), over.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), 0.)
+    through = (over < -SUNK) & (floor > .5) & ~beside
+    if not stage.is_cpu or through.any(): lift = torch.where((through & (above(last) >= -SUNK)).any(-1), torch.where(through, over, 0.).amin(-1), lift)
+    return new["y"] - lift*tables.footed[action]
 
 # %% ../nbs/39_rules.ipynb #0025
 class Fate(NamedTuple):
