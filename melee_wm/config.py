@@ -140,6 +140,7 @@ class TrainingConfig(_Strict):
     clip_grad: float | None = Field(1.0, gt=0)     # largest gradient norm
     float_loss: Literal["mse", "l1", "huber"] = "mse"
     float_losses: dict[str, Literal["mse", "l1", "huber"]] = {}   # for single fields
+    huber_bend: float = Field(.05, gt=0)           # encoded units up to which huber is squared; beyond, straight
     loss_weights: LossWeights = LossWeights()
     action_change_weight: float = Field(1, gt=0)   # of the action loss where the action changes
     unimix: float = Field(0, ge=0, lt=1)           # share of an even distribution in every class head's probabilities
@@ -269,7 +270,7 @@ _NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.lo
 
 _WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
 
-_CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses",
+_CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend",
     "training.action_change_weight", "training.unimix", "training.context_noise", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
 
 def config_hash(config: Config) -> str:
