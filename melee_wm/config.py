@@ -143,6 +143,7 @@ class TrainingConfig(_Strict):
     huber_bend: float = Field(.05, gt=0)           # encoded units up to which huber is squared; beyond, straight
     loss_weights: LossWeights = LossWeights()
     action_change_weight: float = Field(1, gt=0)   # of the action loss where the action changes
+    hit_weight: float = Field(1, ge=1)             # of everything in a frame in which somebody is hit
     unimix: float = Field(0, ge=0, lt=1)           # share of an even distribution in every class head's probabilities
     context_noise: float = Field(0, ge=0)          # of a random walk over the context, encoded units per frame
     scheduled_sampling: ScheduledSampling | None = None
@@ -270,7 +271,7 @@ _NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.lo
 
 _WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
 
-_CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend",
+_CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend", "training.hit_weight",
     "training.action_change_weight", "training.unimix", "training.context_noise", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
 
 def config_hash(config: Config) -> str:

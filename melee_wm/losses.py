@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['last_frames', 'float_loss', 'field_losses', 'two_hot_losses', 'class_losses', 'number_loss', 'head_loss', 'item_loss',
-           'item_losses', 'loss']
+           'item_losses', 'even_loss', 'struck', 'loss']
 
 # %% ../nbs/41_losses.ipynb #0002
-from .fields import HEADS
+from .fields import BY_NAME, HEADS
 import math
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .config import Config, TrainingConfig
 from .encoding import Frames, Layout, take
 from .batches import Batch
 from .heads import binned, two_hot_grid
-from .nextframe import head_names, head_targets, integrates, items_of_frames, persisting
+from .nextframe import LEAST_DAMAGE, head_names, head_targets, integrates, items_of_frames, persisting
 
 # %% ../nbs/41_losses.ipynb #0007
 def last_frames(batch: Batch) -> Frames:
@@ -104,13 +104,13 @@ def item_losses(prediction: dict[str, Tensor], targets: dict[str, Tensor], last:
     return {name: item_loss(name, said[name], targets[name], there, training) for name, there in where.items()}
 
 # %% ../nbs/41_losses.ipynb #0024
-def loss(
+def even_loss(
     prediction: dict[str, Tensor],    # head -> (B, T', 2, width), items (B, T', 2, slots, width)
     batch: Batch,
     config: Config,
     layout: Layout,
 ) -> tuple[Tensor, dict[str, Tensor]]:   # weighted sum, and each head's own mean
-    "What training minimises. Head losses are unweighted, in encoded units; keys are the heads' names."
+    "The loss in which all frames count alike."
     groups, training = config.model.heads, config.training
     carry = integrates(groups, config.model.integrate_positions)
     speeds = prediction["velocity"].float() if carry else None
@@ -120,3 +120,26 @@ def loss(
     heads = {name: head_loss(name, prediction, targets[name], config, changed) for name in head_names(groups) if not HEADS[name].items}
     if layout.slots: heads |= item_losses(prediction, targets, items_of_frames(last, layout), training)
     return sum(getattr(training.loss_weights, name)*value for name, value in heads.items()), heads
+
+# %% ../nbs/41_losses.ipynb #0026
+def struck(last: Frames, target: Frames, layout: Layout) -> Tensor:
+    "Whether anybody is hit in a frame, (B, T') bool."
+    percent = layout.float_index("percent")
+    return (target.floats[..., percent] - last.floats[..., percent] > LEAST_DAMAGE/2*BY_NAME["percent"].scale).any(-1)
+
+def loss(
+    prediction: dict[str, Tensor],    # as for `even_loss`
+    batch: Batch,
+    config: Config,
+    layout: Layout,
+) -> tuple[Tensor, dict[str, Tensor]]:   # weighted sum, and each head's own mean
+    "What training minimises. Head losses are unweighted, in encoded units; keys are the heads' names."
+    total, heads = even_loss(prediction, batch, config, layout)
+    if config.training.hit_weight == 1: return total, heads
+    last = last_frames(batch)
+    hit = struck(last, batch.target, layout)
+    more = (config.training.hit_weight - 1)*hit.float().mean()
+    def chosen(t): return t[hit].unsqueeze(1)                                       # (hits, 1, ...)
+    if not hit.any(): return total, heads
+    extra, parts = even_loss({n: chosen(v) for n, v in prediction.items()}, Batch(last.map(chosen), chosen(batch.controls), batch.target.map(chosen)), config, layout)
+    return total + more*extra, {n: v + more*parts[n] for n, v in heads.items()}
