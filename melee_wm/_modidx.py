@@ -1052,4 +1052,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'melee_wm.world.replayed_controls': ('world.html#replayed_controls', 'melee_wm/world.py'),
                                 'melee_wm.world.seed_clock': ('world.html#seed_clock', 'melee_wm/world.py'),
                                 'melee_wm.world.seed_windows': ('world.html#seed_windows', 'melee_wm/world.py'),
+                                'melee_wm.world.spawn_frames': ('world.html#spawn_frames', 'melee_wm/world.py'),
                                 'melee_wm.world.taught_memory': ('world.html#taught_memory', 'melee_wm/world.py')}}}

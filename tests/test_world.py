@@ -8,6 +8,7 @@ from melee_wm.core import UserError
 from melee_wm.encoding import columns_of, encode
 from melee_wm.fields import HEADS
 from melee_wm.mamba2 import build_model
+from melee_wm.melee import STAGES
 from melee_wm.practice import practice_match
 from melee_wm.world import World, replayed_controls, seed_windows
 
@@ -213,3 +214,18 @@ def test_mistakes_are_answered(game):
         seed_windows(columns_of(game, world.layout), [3], 10)
     with pytest.raises(UserError, match="too few seed frames"):
         world.reset(seed_windows(columns_of(game, world.layout), [30], 4), torch.tensor([31]))
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_match_starts_from_nothing(stage):
+    "Constructed starting frames are a seed for every encoding, on the ground where the stage is."
+    from melee_wm.physics import lint
+    from melee_wm.world import spawn_frames
+    frames = spawn_frames(stage, (2, 20), 30)
+    report = lint({n: v for n, v in frames.items() if not n.startswith("item")}, stage)
+    assert not any(report.broken.values()) and (report.checked["stands_on_something"] or stage in (2, 3)), report   # 2 and 3: what moves may be anywhere
+    for name in ("v1", "baseline-v22", "ego", "projectiles"):
+        world = World(build_model(load_config(name)))
+        layout, K = world.layout, world.context_len
+        world.reset({n: torch.from_numpy(v)[None] for n, v in frames.items()}, torch.tensor([stage]))
+        assert all(v.isfinite().all() for v in world.step(torch.zeros(1, 2, 13)).values())
