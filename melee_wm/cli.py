@@ -199,10 +199,11 @@ def eval_(
     split: Annotated[str, Option(help="val, train or all")] = "val",
     games: Annotated[Optional[Path], Option(metavar="MD5FILE", help="evaluate on exactly these games, one MD5 a line")] = None,
     memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
-    dreams: Annotated[bool, Option("--dreams", help="also what happens in its dreams, and whether they obey the game: some minutes more")] = False,
+    dreams: Annotated[bool, Option("--dreams", help="also what happens in its dreams, whether they obey the game, and whether it knows what it knows: some minutes more")] = False,
     device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto",
     json_: JsonFlag = False):
     "Score a model beside doing nothing. Example: melee-wm eval demo --data runs/demo/data"
+    from melee_wm.calibration import calibration, calibration_json, calibration_text
     from melee_wm.checkpoint import find_checkpoint, load_model, read_manifest
     from melee_wm.dreams import dream_report, dream_text
     from melee_wm.evaluate import evaluate, scorecard
@@ -214,11 +215,12 @@ def eval_(
     wanted = _selected(data, split, games, read_manifest(checkpoint.parent.parent) or {})
     model, some = load_model(checkpoint, choose_device(device)), list(dataset_games(data, wanted))
     result = evaluate(model, some, split=games.stem if games else split, memory=memory)
-    if dreams: result |= dream_report(World(model, memory=memory), some)
+    if dreams: result |= dream_report(World(model, memory=memory), some) | {"calibration": calibration_json(calibration(model, some))}
     if json_: return _print_json(result)
     print(scorecard(result))
-    if dreams: print("\n" + dream_text(result))
+    if dreams: print("\n" + dream_text(result) + "\n\n" + calibration_text(result["calibration"]))
 
+# %% ../nbs/90_cli.ipynb #0020
 @app.command()
 def rollout(
     model: Annotated[str, Argument(metavar="RUN|CHECKPOINT", help="a run's name or folder, or a .safetensors file")],
@@ -242,7 +244,7 @@ def rollout(
     write_rollout(dream, output)
     print(f"{frames} frames dreamt on from frame {start} in {output}")
 
-# %% ../nbs/90_cli.ipynb #0020
+# %% ../nbs/90_cli.ipynb #0022
 def _lintable(files: list[Path], wanted: set[str] | None):
     "(name, columns, stage, first frame's number) of every replay and rollout; with `wanted`, of the replays with these MD5s."
     import hashlib, tempfile
@@ -285,7 +287,7 @@ def lint(
     for name, report in reports.items():
         for place in report.worst[:1]: print(f"worst of {name}: from frame {place['frame']}, player {place['player']}: " + ", ".join(f"{n} {k}" for n, k in place["broken"].items()))
 
-# %% ../nbs/90_cli.ipynb #0023
+# %% ../nbs/90_cli.ipynb #0025
 PRACTICE_GAMES = 32
 
 def _free_name(folder: Path) -> Path:
@@ -322,7 +324,7 @@ def _finish_demo(run_dir: Path) -> None:
     print(f"\n4. What you have now\n   {run_dir/'notebook.html'}   the report: open it in a browser\n   {run_dir/'rollout.slp'}   a match it dreamt: open it in Slippi's tools or slippilab.com\n   {run_dir}/checkpoints/   the weights\n"
           f"\nNext: melee-wm rollout {run_dir} --output dream.slp   ·   melee-wm experiments   ·   the book in nbs/")
 
-# %% ../nbs/90_cli.ipynb #0025
+# %% ../nbs/90_cli.ipynb #0027
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, Argument(metavar="FILE.pt", help="a checkpoint of the predecessor")],
@@ -348,7 +350,7 @@ def bench(
     report = run_bench(BENCHES, names or ["all"], replays, games, repeats)
     _print_json(report) if json_ else print(bench_table(report))
 
-# %% ../nbs/90_cli.ipynb #0027
+# %% ../nbs/90_cli.ipynb #0029
 def diagnosis() -> list[tuple[str, str, str]]:
     "(thing, what was found or '', what to do where it is missing) for everything the project can use."
     import torch

@@ -9,7 +9,7 @@ __all__ = ['SURVIVAL', 'usable', 'dream', 'foreseen', 'event_scores', 'moments',
 from typing import Iterator
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .core import UserError, json_safe
 from .frame import Game
 from .events import Tally, add_tallies, events_of, match_events, rates

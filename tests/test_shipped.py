@@ -62,3 +62,49 @@ def test_shipping_refuses_what_half_precision_cannot_hold(tmp_path):
     save_checkpoint(run/"checkpoints", "best", model, describe_checkpoint(config))
     with pytest.raises(UserError, match="half precision"): ship(run, "two", tmp_path/"models")
     assert not (tmp_path/"models"/"two").exists(), "nothing half-made"
+
+
+def test_is_symmetric(replays):
+    "Mirrored matches on symmetric stages, and exchanged players, get the mirrored and exchanged answers."
+    import torch
+    from melee_wm.core import quick_replays
+    from melee_wm.encoding import Frames, controls_of, encode_game
+    from melee_wm.slp import read_slp
+    from melee_wm.symmetry import mirror, mirror_controls, mirror_prediction, swap_players, symmetric
+    model = load_model("default")
+    layout, K, asked = model.layout, model.context_len, 0
+    for game in map(read_slp, quick_replays()):
+        frames, rows = encode_game(game, layout), torch.linspace(K, len(game) - 2, 200).long()
+        window = Frames(*(torch.stack([t[r - K + 1:r + 1] for r in rows]) for t in frames))
+        coming = torch.stack([controls_of(frames, layout)[r + 1] for r in rows])[:, None]
+        with torch.inference_mode(): said, exchanged = model(window, coming.flatten(2)), model(swap_players(window), coming.flip(2).flatten(2))
+        assert (exchanged["action"].flip(2).argmax(-1) == said["action"].argmax(-1)).all()
+        assert (exchanged["continuous"].flip(2) - said["continuous"]).abs().max() < 1e-3
+        if not symmetric(game.stage): continue
+        everywhere = torch.ones(window.stage.shape, dtype=torch.bool)
+        with torch.inference_mode(): image = model(mirror(window, layout, everywhere), mirror_controls(coming, everywhere[:, -1:]).flatten(2))
+        back = mirror_prediction({n: v[:, 0] for n, v in image.items()}, torch.ones(len(rows), 2, dtype=torch.bool), window.stage[:, -1])
+        alike = (back["action"].argmax(-1) == said["action"][:, 0].argmax(-1)).float().mean()
+        assert alike > .99, f"the same action for {alike:.1%} of mirrored frames"
+        asked += 1
+    assert asked or not quick_replays()
+
+
+def readme_table(card: dict) -> str:
+    "What the README says of the shipped model, from its scorecard."
+    means, ci = card["rollout"]["all"]["means"], card["rollout"]["all"]["coherence"]["ci95"]
+    def row(title, values, digits): return f"| {title} | " + " | ".join(f"{values[k]:.{digits}f}" for k in ("k5", "k10", "k20")) + " |"
+    rows = ["| mean over 1 to K frames ahead | K=5 | K=10 | K=20 |", "|---|---|---|---|",
+        row("position error (units), **default**", means["position_mae"]["model"], 3), row("… constant velocity", means["position_mae"]["constant_velocity"], 3),
+        row("percent error (points), **default**", means["percent_mae"]["model"], 3), row("… hold", means["percent_mae"]["hold"], 3),
+        row("action accuracy, **default**", means["action_acc"]["model"], 3), row("… hold", means["action_acc"]["hold"], 3)]
+    ahead, far, dreams = card["events"]["teacher_forced"], card["events"]["rollout"], card["dreams"]
+    def event(name): return f"{name}s: {ahead[name]['recall']:.0%} one frame ahead, {far[name]['recall']:.0%} up to twenty ahead, {far[name]['false_per_10000']:.1f} false in 10,000 frames"
+    survive = "; ".join(f"{what}: {d['survival']['600']:.0%} after ten seconds, {d['survival']['3600']:.0%} after a minute" for what, d in (("under a match's own controllers", dreams["replay"]), ("untouched", dreams["neutral"])))
+    return "\n".join([*rows, "", f"{card['games']} held-out games, {card['frames']:,} frames, {card['rollout']['starts']:,} starts (data {card['data_fingerprint']}); 95% of resampled games give a position error at K=20 of {ci['k20'][0]:.2f} to {ci['k20'][1]:.2f}.",
+        f"Events within three frames: {event('death')}; {event('respawn')}; {event('hit')}. Dreams of a minute that break no hard law: {survive}."])
+
+
+def test_the_readme_says_what_the_scorecard_says():
+    from melee_wm.core import project_root
+    assert readme_table(json.loads((FOLDER/"scorecard.json").read_text())) in (project_root()/"README.md").read_text()
