@@ -146,6 +146,7 @@ class TrainingConfig(_Strict):
     hit_weight: float = Field(1, ge=1)             # of everything in a frame in which somebody is hit
     unimix: float = Field(0, ge=0, lt=1)           # share of an even distribution in every class head's probabilities
     context_noise: float = Field(0, ge=0)          # of a random walk over the context, encoded units per frame
+    symmetries: bool = False                       # each window mirrored and its players exchanged with even odds; see `symmetry`
     scheduled_sampling: ScheduledSampling | None = None
     self_forcing: SelfForcing | None = None
     best: str = "val_loss/total"                   # the metric whose lowest value makes `best` (highest for accuracies)
@@ -185,6 +186,7 @@ class Config(_Strict):
         numbers = {f for g in self.model.heads for h in HEAD_GROUPS[g] for f in HEADS[h].fields if HEADS[h].target in ("delta", "absolute") and not HEADS[h].items}
         for key, names in (("model.two_hot", self.model.two_hot), ("training.float_losses", self.training.float_losses)):
             if unknown := set(names) - numbers: raise ValueError(f"{key}: {sorted(unknown)[0]} is not a number that the heads predict: {', '.join(sorted(numbers))}")
+        if self.training.sequence_len and self.training.symmetries: raise ValueError("training.symmetries: windows only, because a memory would have to be mirrored too; leave out training.sequence_len")
         if self.training.sequence_len and self.model.arch != "mamba2": raise ValueError(f"training.sequence_len needs a model with a memory, model.arch: mamba2; got {self.model.arch}")
         return self
 
@@ -272,7 +274,7 @@ _NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.lo
 _WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
 
 _CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend", "training.hit_weight",
-    "training.action_change_weight", "training.unimix", "training.context_noise", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
+    "training.action_change_weight", "training.unimix", "training.context_noise", "training.symmetries", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
 
 def config_hash(config: Config) -> str:
     "Twelve hex digits over everything that changes results."

@@ -16,6 +16,7 @@ from .config import Config
 from .encoding import take
 from .packed import Games
 from .batches import Batch, batch_count, batches, window_count
+from .symmetry import augment
 from .sequences import Stretch, sequence_count, sequences
 from .losses import loss
 from .ego import EgoMLP
@@ -116,6 +117,7 @@ def training_answer(
     t, device = config.training, batch.controls.device
     steps = steps_now(moment.progress, t.self_forcing.steps) if t.self_forcing and forced_now(t.self_forcing.share, t.seed, moment.step) else 0
     with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == "bfloat16"):
+        if t.symmetries: batch = augment(batch, model.layout)
         if lead_in(config): batch = own_context(model, batch, steps)
         if t.scheduled_sampling: batch = corrupt(batch, model.layout, t.scheduled_sampling, moment.epochs)
         if t.context_noise: batch = add_context_noise(batch, model.layout, t.context_noise)

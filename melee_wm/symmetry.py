@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sideways', 'mirrored_surfaces', 'symmetric', 'mirrored_actions', 'mirror', 'swap_players', 'mirror_controls',
-           'mirror_prediction']
+           'mirror_prediction', 'seen_otherwise', 'augment']
 
 # %% ../nbs/29_symmetry.ipynb #0002
 from functools import cache
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from .melee import ACTION_VOCAB, STAGES, surface_of
-from .fields import BUTTONS, BY_NAME, HEADS, STAGE
+from .fields import BUTTONS, BY_NAME, CONTROLS, HEADS, STAGE
 from .encoding import Frames, Layout
+from .batches import Batch
 
 # %% ../nbs/29_symmetry.ipynb #0005
 def sideways(name: str) -> bool:
@@ -103,3 +104,30 @@ def mirror_prediction(
         elif name == "ground": said[name] = torch.where(chosen, values.gather(-1, mirrored_surfaces(values.device)[stage.long()].unsqueeze(-2).expand_as(values)), values)
         else: said[name] = values
     return said
+
+# %% ../nbs/29_symmetry.ipynb #0020
+@cache
+def _symmetric_stages(device: torch.device) -> Tensor:
+    with torch.inference_mode(False): return torch.tensor([symmetric(i) for i in range(STAGE.vocab)], device=device)
+
+def _other_side(told: Tensor, layout: Layout, flip: Tensor, swap: Tensor) -> Tensor:
+    "What a model is told of controllers, (B, T', C), mirrored and with the players exchanged."
+    if not layout.control_dim: return told
+    sticks = 2*len(CONTROLS)*(1 + layout.encoding.lookahead)
+    pads, presses = told[..., :sticks].unflatten(-1, (-1, 2, len(CONTROLS))), told[..., sticks:].unflatten(-1, (2, -1))   # (B, T', 1 or 2, 2, 13), (B, T', 2, 8 or 0)
+    pads = mirror_controls(pads, flip[:, None, None].expand(pads.shape[:3]))
+    def exchanged(t): return torch.where(swap.view(-1, *[1]*(t.dim() - 1)), t.flip(-2), t)
+    return torch.cat([exchanged(pads).flatten(2), exchanged(presses).flatten(2)], -1)
+
+def seen_otherwise(batch: Batch, layout: Layout, flip: Tensor, swap: Tensor) -> Batch:
+    "A batch with left and right exchanged where `flip` (B,) says so, and the players where `swap` (B,) does."
+    def side(frames):
+        frames = mirror(frames, layout, flip[:, None].expand(frames.stage.shape))
+        return Frames(*(torch.where(swap[:, None, None, None], a, b) for a, b in zip(swap_players(frames)[:2], frames)), frames.stage)
+    return Batch(side(batch.frames), _other_side(batch.controls, layout, flip, swap), side(batch.target))
+
+def augment(batch: Batch, layout: Layout, generator: torch.Generator | None = None) -> Batch:
+    "A batch in which each window is one of the up to four versions that the game makes no difference between."
+    stage = batch.frames.stage[:, -1].long()
+    flip, swap = torch.rand(2, len(stage), generator=generator, device=stage.device) < .5
+    return seen_otherwise(batch, layout, flip & _symmetric_stages(stage.device)[stage], swap)

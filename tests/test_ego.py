@@ -146,3 +146,26 @@ def test_two_hot_is_refused():
 
 def test_is_built_by_name_and_counted():
     assert isinstance(build_model(CONFIG), EgoMLP) and build_model(CONFIG).heads.keys() == {"continuous", "binary", "action", "jumps", "velocity", "dynamics", "l_cancel", "hurtbox", "ground", "last_attack", "timers", "flags"}
+
+
+def test_augmentation_costs_a_symmetric_model_nothing(matches):
+    "To a model that is symmetric by construction all versions of a batch are the same; to the team's joint model they are not."
+    from melee_wm.batches import from_games, gather
+    from melee_wm.losses import loss
+    from melee_wm.symmetry import augment, seen_otherwise
+    game = next((g for g in matches if symmetric(g.stage)), practice_match(3))
+    for config, same in ((CONFIG, True), (load_config("baseline-v22"), False)):
+        layout = layout_of(config.encoding)
+        torch.manual_seed(0)
+        model = (shaken() if same else build_model(config)).eval()
+        batch = gather(from_games([("a", game)], layout), torch.arange(200, 1000, 10), config.model.context_len)
+        ones = torch.ones(len(batch.controls), dtype=torch.bool)
+        with torch.inference_mode():
+            totals = [loss(model(b.frames, b.controls), b, config, layout)[0].item() for b in (batch, seen_otherwise(batch, layout, ones, ~ones), seen_otherwise(batch, layout, ~ones, ones))]
+            mixed = augment(batch, layout, torch.Generator().manual_seed(0))
+        assert (max(totals) - min(totals) < 1e-3*totals[0]) == same, totals
+        assert not torch.equal(mixed.frames.floats, batch.frames.floats)
+
+
+def test_symmetries_are_refused_with_sequences():
+    with pytest.raises(UserError, match="symmetries"): load_config("mamba2-sequences", ["training.symmetries=true"])
