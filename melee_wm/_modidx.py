@@ -613,6 +613,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'melee_wm.metrics.compose': ('metrics.html#compose', 'melee_wm/metrics.py'),
                                   'melee_wm.metrics.field_errors': ('metrics.html#field_errors', 'melee_wm/metrics.py'),
                                   'melee_wm.metrics.item_metrics': ('metrics.html#item_metrics', 'melee_wm/metrics.py'),
+                                  'melee_wm.metrics.subsystem_sums': ('metrics.html#subsystem_sums', 'melee_wm/metrics.py'),
                                   'melee_wm.metrics.summarise': ('metrics.html#summarise', 'melee_wm/metrics.py'),
                                   'melee_wm.metrics.worst_actions': ('metrics.html#worst_actions', 'melee_wm/metrics.py')},
             'melee_wm.mlp': { 'melee_wm.mlp.FrameStackMLP': ('mlp.html#framestackmlp', 'melee_wm/mlp.py'),

@@ -339,6 +339,7 @@ def _one_step_lines(t: dict) -> list[str]:
         ("percent error (points)", "damage_mae", nothing["damage_mae_hold"], "hold"), ("velocity error (units/frame)", "velocity_mae", None, ""))
     return [f"{'ONE STEP, from true frames':36s}{'model':>9s}  doing nothing", *(f"  {title:34s}{_number(t[key], 4):>9s}  {_number(base, 4):>8s} {how}".rstrip() for title, key, base, how in rows),
         f"  {'loss':34s}{_number(t['loss']['total'], 4):>9s}", "  action accuracy by category: " + ", ".join(f"{name.replace('_', ' ')} {_number(v)}" for name, v in t["per_category"].items()),
+        "  by subsystem (share right, position error): " + ", ".join(f"{n.replace('_', ' ')} {_number(v['accuracy'])} / {_number(v['position_mae'])}" for n, v in (t["subsystems"] or {}).items()),
         "  most often wrong: " + ", ".join(f"{a['name']} ({a['errors']:,} of {a['frames']:,})" for a in t["worst_actions"] or [])]
 
 def _field_lines(rollout: dict) -> list[str]:
