@@ -32,19 +32,22 @@ def usable(games: list[tuple[str, Game]], world: World, frames: int) -> list[tup
 
 def dream(
     world: World,
-    game: Game,
-    starts: np.ndarray,              # (B,) rows of the last known frames
+    places: list[tuple[Game, np.ndarray]],   # games, and rows of the last known frames in each
     frames: int,
     controls: str = "replay",        # the match's own; or "neutral": nobody touches anything
-) -> dict[str, np.ndarray]:          # (B, frames + 1, 2): the last known frame, and those dreamt
-    "Dream from several moments of one game at once."
-    columns, count = columns_of(game, world.layout), len(starts)
-    memory = memories(world.model, columns, starts, np.zeros(count, int), np.full(count, game.stage)) if world.memory == "state" else None
-    world.reset(seed_windows(columns, starts, world.context_len), torch.full((count,), game.stage), seed_clock(columns, starts, game.ports), memory)
-    pads = replayed_controls(columns, starts, frames + world.layout.encoding.lookahead)
-    if controls == "neutral": pads = torch.zeros_like(pads)
-    told = world.run(pads)
-    return {n: np.concatenate([columns[n][starts][:, None], v.cpu().numpy()], 1) for n, v in told.items()}
+) -> dict[str, np.ndarray]:          # (B, frames + 1, 2): the last known frame, and those dreamt, in the order of the places
+    "Dream from several moments of several games at once."
+    parts, K = [], world.context_len
+    for game, rows in places:
+        columns, stage = columns_of(game, world.layout), np.full(len(rows), game.stage)
+        memory = memories(world.model, columns, rows, np.zeros(len(rows), int), stage) if world.memory == "state" else ()
+        parts.append((seed_windows(columns, rows, K), torch.from_numpy(stage), seed_clock(columns, rows, game.ports), memory, replayed_controls(columns, rows, frames + world.layout.encoding.lookahead)))
+    seeds, stages, clocks, carried, pads = zip(*parts)
+    seed = {n: torch.cat([s[n] for s in seeds]) for n in seeds[0]}
+    memory = tuple(type(layers[0])(*map(torch.cat, zip(*layers))) for layers in zip(*carried)) or None
+    world.reset(seed, torch.cat(stages), type(clocks[0])(*map(torch.cat, zip(*clocks))), memory)
+    told = world.run(torch.cat(pads)*(controls == "replay"))
+    return {n: np.concatenate([seed[n][:, -1:], v.cpu().numpy()], 1) for n, v in told.items()}
 
 # %% ../nbs/57_dreams.ipynb #0008
 def foreseen(world: World, game: Game, horizon: int, batch_size: int = 1024) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -52,7 +55,7 @@ def foreseen(world: World, game: Game, horizon: int, batch_size: int = 1024) -> 
     first, columns = world.context_len - 1, columns_of(game, world.layout)
     tiles = (len(game) - 1 - world.layout.encoding.lookahead - first)//horizon
     starts = first + horizon*np.arange(tiles)
-    parts = [events_of(dream(world, game, some, horizon)) for some in np.array_split(starts, -(-tiles//batch_size))]
+    parts = [events_of(dream(world, [(game, some)], horizon)) for some in np.array_split(starts, -(-tiles//batch_size))]
     told = {n: np.concatenate([p[n][:, 1:].reshape(-1, 2) for p in parts]) for n in parts[0]}
     true = {n: v[first + 1:first + 1 + tiles*horizon] for n, v in events_of(columns).items() if n in told}
     return true, told
@@ -95,12 +98,13 @@ def long_dreams(
     controls: str = "replay",        # or "neutral"
     starts: int = 100,
     frames: int = 3600,
-    progress: bool = True,
 ) -> dict:
     "Rates of broken rules beside real ones, survival, and how much happens in a minute of dreamt play, as JSON values."
     checked, broken, until, sane, played, real = {}, {}, [], {}, [], []
-    for game, rows in tqdm(moments(games, starts, frames, world.context_len), desc=f"long dreams, {controls}", unit="game", disable=not progress, mininterval=1):
-        told = dream(world, game, rows, frames, controls)
+    places, first = moments(games, starts, frames, world.context_len), 0
+    whole = dream(world, places, frames, controls)
+    for game, rows in places:
+        told, first = {n: v[first:first + len(rows)] for n, v in whole.items()}, first + len(rows)
         for table, counts in zip((checked, broken), _obeyed(told, game.stage)): table |= {n: table.get(n, 0) + k for n, k in counts.items()}
         sane = {n: sane.get(n, 0) + k for n, k in _sane(told, game.stage).items()}
         until.append(first_hard_break(told, game.stage))
@@ -126,7 +130,7 @@ def dream_report(
     def told(tallies): return {n: dict(t._asdict(), recall=t.recall, false_per_10000=t.false_per_10000) for n, t in tallies.items()}
     short, long = usable(games, world, 20), usable(games, world, frames)
     events = {name: told(event_scores(world, short, horizon, progress=progress)) for name, horizon in (("teacher_forced", 1), ("rollout", 20))}
-    return json_safe(dict(events=events, dreams={c: long_dreams(world, long, c, starts, frames, progress) for c in ("replay", "neutral")}))
+    return json_safe(dict(events=events, dreams={c: long_dreams(world, long, c, starts, frames) for c in ("replay", "neutral")}))
 
 def dream_text(report: dict) -> str:
     "The report for reading: events, broken rules beside real matches, survival."

@@ -133,6 +133,7 @@ def check_encodable(game: Game, layout: Layout) -> None:
             expected="Slippi {}.{} or newer".format(*max(COLUMNS[c].since for c in missing)), do="choose an encoding with fewer fields or leave this game out")
     if not 0 <= game.stage < STAGE.vocab: raise EncodingRefused("stage out of vocabulary", expected=f"0 to {STAGE.vocab - 1}", got=game.stage)
     for name in source_columns(layout):
+        if name == "hitstun": continue   # outside of hitstun it may be anything, NaN too
         vocab = BY_NAME[name].vocab if name in BY_NAME and BY_NAME[name].kind == "category" and name != "ground" else 0
         low, high = COLUMNS[name].low, vocab - 1 if vocab else COLUMNS[name].high
         good = (game[name] >= low) & (game[name] <= high)   # False for NaN
@@ -217,7 +218,7 @@ def columns_of(game: Game, layout: Layout) -> dict[str, np.ndarray]:
     def values(name):
         if name in BUTTONS: return game["buttons"] & BUTTON_BITS[name.removeprefix("button_")] != 0
         if name == "invulnerable": return game["hurtbox_state"] != 0
-        if name == "hitstun": return np.where(game["state_flags_4"] & IN_HITSTUN, game["hitstun"], 0)
+        if name == "hitstun": return np.where(game["state_flags_4"] & IN_HITSTUN, np.nan_to_num(game["hitstun"], posinf=0, neginf=0).clip(0), 0)
         if name == "fast_fall": return game["state_flags_2"] & FAST_FALLING != 0
         if name == "action_frames": return np.minimum(frames_since(np.diff(game["action_state"].astype(int), axis=0, prepend=-1) != 0) + 1, LONGEST_COUNT)
         if name == "trigger_frames": return frames_since(begins(game["buttons"] & TRIGGERS != 0))
