@@ -134,7 +134,7 @@ def ship(
     if manifest is None: raise UserError("a run without a manifest", source.parent.parent, do="ship a run that melee-wm train has made")
     (folder/name/"checkpoints").mkdir(parents=True, exist_ok=True)
     write_tensors(folder/name/"checkpoints"/"best.safetensors", halves, description)
-    write_json(folder/name/"manifest.json", manifest)
+    write_json(folder/name/"manifest.json", manifest | {"data": None})   # where the data lay is nobody else's concern
     return folder/name/"checkpoints"/"best.safetensors"
 
 # %% ../nbs/50_checkpoint.ipynb #0019
