@@ -1,8 +1,12 @@
 """Shared fixtures. With MELEE_WM_NO_SKIP=1 (as in CI) a test that would be skipped fails instead."""
 import os
+import signal
 from pathlib import Path
 import pytest
 from melee_wm.core import replays_dir
+
+# Started in the background (nohup ... &) a process is born deaf to Ctrl-C, and so would be the programs whose Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
