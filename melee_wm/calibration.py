@@ -41,7 +41,7 @@ TEMPERATURES = np.round(np.geomspace(.5, 3, 28), 3)
 
 def calibration_of(logits: Tensor, target: Tensor) -> Calibration:
     "Of class logits (N, V) and true ids (N,)."
-    logits = logits.float()
+    logits, target = logits.float().cpu(), target.cpu()
     sure, said = logits.softmax(-1).max(-1)
     place, right = (sure*BINS).long().clamp(max=BINS - 1).numpy(), (said == target).double().numpy()
     def binned(weights): return np.bincount(place, weights, BINS)
@@ -61,12 +61,13 @@ def calibration(
     windows: int = 20_000,           # evenly thinned to so many
 ) -> dict[str, Calibration]:         # of every head of classes or bits
     "How well a model knows how much it knows."
-    data, K, sums = from_games(games, model.layout, {}), model.context_len, {}
+    device, K, sums = next(model.parameters()).device, model.context_len, {}
+    data = from_games(games, model.layout, {}).to(device)
     starts = window_starts(data, K)
     if len(starts) > windows: starts = starts[torch.linspace(0, len(starts) - 1, windows).round().long()]
     for rows in starts.split(2048):
         batch = gather(data, rows, K)
-        said = model.cpu()(batch.frames, batch.controls)
+        said = model(batch.frames, batch.controls)
         targets = head_targets(take(batch.frames, (slice(None), slice(-1, None))), batch.target, model.layout, model.config.model.heads, False)
         for name in head_names(model.config.model.heads):
             if HEADS[name].target not in ("class", "logit") or HEADS[name].items: continue
@@ -97,4 +98,4 @@ def fan(
     world = World(model, sample=temperature, generator=torch.Generator().manual_seed(seed), memory="window")
     columns, starts = columns_of(game, world.layout), np.full(futures, start)
     world.reset(seed_windows(columns, starts, world.context_len), torch.full((futures,), game.stage), seed_clock(columns, starts, game.ports))
-    return {n: v.numpy() for n, v in world.run(replayed_controls(columns, starts, frames + world.layout.encoding.lookahead)).items()}
+    return {n: v.cpu().numpy() for n, v in world.run(replayed_controls(columns, starts, frames + world.layout.encoding.lookahead)).items()}

@@ -17,7 +17,9 @@ from .melee import STAGES
 from .fields import CONTROLS
 from .encoding import EncodingRefused, check_encodable, columns_of
 from .world import World, memories, replayed_controls, seed_clock, seed_windows
-from .physics import HARD, RULES, Place, first_hard_break, load_tables, prepared, verdicts
+from .constants import load_tables, prepared
+from .laws import RULES, Place, verdicts
+from .physics import first_hard_break
 
 # %% ../nbs/57_dreams.ipynb #0005
 def usable(games: list[tuple[str, Game]], world: World, frames: int) -> list[tuple[str, Game]]:
@@ -126,17 +128,19 @@ def dream_report(
     frames: int = 3600,
     progress: bool = True,
 ) -> dict:
-    "Events and long dreams of a model, as JSON values: `events` (teacher forcing, and 20 frames ahead) and `dreams` (replayed and neutral controllers)."
-    def told(tallies): return {n: dict(t._asdict(), recall=t.recall, false_per_10000=t.false_per_10000) for n, t in tallies.items()}
+    "Events and long dreams of a model, as JSON values: `events` (20 frames ahead, and teacher-forced), `dreams` (replayed and neutral controllers), and the `violations_per_1000` of those with replayed ones."
+    def told(t): return dict(t._asdict(), recall=t.recall, false_per_10000=t.false_per_10000)
     short, long = usable(games, world, 20), usable(games, world, frames)
-    events = {name: told(event_scores(world, short, horizon, progress=progress)) for name, horizon in (("teacher_forced", 1), ("rollout", 20))}
-    return json_safe(dict(events=events, dreams={c: long_dreams(world, long, c, starts, frames) for c in ("replay", "neutral")}))
+    near, far = (event_scores(world, short, horizon, progress=progress) for horizon in (1, 20))
+    events = {name: told(far[name]) | {"teacher_forced": told(near[name])} for name in far}
+    dreams = {c: long_dreams(world, long, c, starts, frames) for c in ("replay", "neutral")}
+    return json_safe(dict(events=events, violations_per_1000=dreams["replay"].pop("violations_per_1000"), dreams=dreams))
 
 def dream_text(report: dict) -> str:
     "The report for reading: events, broken rules beside real matches, survival."
     lines = ["events within 3 frames           one frame ahead            20 frames ahead", f"{'':16s}{'true':>8s}{'recall':>9s}{'false/10k':>11s}{'recall':>13s}{'false/10k':>11s}"]
-    for name, one in report["events"]["teacher_forced"].items():
-        far = report["events"]["rollout"][name]
+    for name, far in report["events"].items():
+        one = far["teacher_forced"]
         def share(t): return f"{t['recall']:9.1%}" if t["true"] else f"{'-':>9s}"
         lines.append(f"{name:16s}{one['true']:8d}{share(one)}{one['false_per_10000']:11.1f}    {share(far)}{far['false_per_10000']:11.1f}")
     for controls, d in report["dreams"].items():
@@ -145,5 +149,5 @@ def dream_text(report: dict) -> str:
             "streams with " + ", ".join(f"{n.replace('_', ' ')}: {k}" for n, k in d["wrong_streams"].items())]
         lines += [f"per player and minute: " + ", ".join(f"{n} {d['per_minute'][n]['model']:.1f} (real {d['per_minute'][n]['real']:.1f})" for n in ("damage", "hit", "death", "respawn", "ground_jump", "landing") if n in d["per_minute"])]
         lines.append(f"{'broken in 1,000':28s}{'dream':>10s}{'real':>10s}")
-        lines += [f"{n + (' *' if v['hard'] else ''):28s}{v['model']:10.3f}{'-' if v['real'] is None else format(v['real'], '10.3f'):>10s}" for n, v in d["violations_per_1000"].items() if v["model"] is not None]
+        lines += [f"{n + (' *' if v['hard'] else ''):28s}{v['model']:10.3f}{'-' if v['real'] is None else format(v['real'], '10.3f'):>10s}" for n, v in d.get("violations_per_1000", report["violations_per_1000"]).items() if v["model"] is not None]
     return "\n".join(lines + ["* hard: no real match breaks it"])

@@ -19,7 +19,6 @@ from .batches import Batch, batch_count, batches, window_count
 from .symmetry import augment
 from .sequences import Stretch, sequence_count, sequences
 from .losses import loss
-from .ego import EgoMLP
 from .mamba2 import BlockState, State
 from .forcing import add_context_noise, corrupt, forced_now, own_context, self_forced_loss, steps_now
 
@@ -76,7 +75,7 @@ class Answer(NamedTuple):
 
 def hearing(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     "What a model says to a batch of windows. One that chooses the action before all else is told the true one while it learns."
-    if not (model.training and isinstance(model, EgoMLP)): return model(batch.frames, batch.controls)
+    if not (model.training and getattr(model, "hears_action", False)): return model(batch.frames, batch.controls)
     action = batch.target.ints[..., model.layout.int_index("action_state")].long()      # (B, 1, 2)
     return model(batch.frames, batch.controls, lambda logits: action)
 

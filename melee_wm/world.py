@@ -18,7 +18,6 @@ from .fields import CONTROLS, FIELDS, HEADS, ITEM_FIELDS
 from .encoding import LONGEST_COUNT, Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
 from .config import Config
-from .ego import EgoMLP
 from .mamba2 import State, keep_memory
 from .rules import Clock, start_clock, tick
 from .nextframe import certain, choose, field_roles, head_targets, next_frame
@@ -69,13 +68,11 @@ def spawn_frames(
     if stage not in STAGES: raise UserError("no starting places known on this stage", stage, expected=f"one of {', '.join(f'{i} ({s.name})' for i, s in STAGES.items())}")
     s, place = STAGES[stage], [STAGES[stage].spawns[port] for port in ports]
     below = [landing_at(s, x, y + 1, x, s.blast_zone[3]) for x, y in place]                       # (height, ground id)
-    count = np.arange(1, frames + 1)
+    count = np.arange(1, frames + 1)[:, None]                                                     # (frames, 1)
     values = dict(x=[x for x, _ in place], y=[y for y, _ in below], facing=[x < 0 for x, _ in place], character=[internal_of(c) for c in characters],
         ground=[int(surface_of(stage, ground)) for _, ground in below], stocks=4, shield=60, on_ground=1, action_state=ACTION_OF["Wait"], jumps_left=2,
         state_age=count - 1, action_frames=count, trigger_frames=LONGEST_COUNT)
-    def column(f):
-        value = np.asarray(values.get(f.name, 0), np.int64 if f.kind == "category" else np.float32)
-        return np.broadcast_to(value[:, None] if len(value.shape) and len(value) == frames and f.name in ("state_age", "action_frames") else value, (frames, 2)).copy()
+    def column(f): return np.broadcast_to(np.asarray(values.get(f.name, 0), np.int64 if f.kind == "category" else np.float32), (frames, 2)).copy()
     return {f.name: column(f) for f in (*FIELDS, *ITEM_FIELDS)}
 
 # %% ../nbs/43_world.ipynb #0016
@@ -205,7 +202,7 @@ def step(self: World,
     controls, encoded = controls.to(self.device), take(window, (slice(None), -1))
     told = self._told(encoded, controls, next_controls)                                   # (B, 1, C)
     if self.memory == "state": prediction, memory = self.model.step(encoded, told[:, 0], memory)
-    elif self.sample and isinstance(self.model, EgoMLP): prediction = self._drawn(window, told)
+    elif self.sample and getattr(self.model, "hears_action", False): prediction = self._drawn(window, told)
     else: prediction = self.model(window, told)
     prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, ...)
     if self.missing:

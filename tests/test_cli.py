@@ -1,25 +1,14 @@
 """The program as a terminal runs it: numbers of the contract, one line for each mistake, exit codes."""
-import contextlib
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from terminal import melee_wm
 
-from melee_wm.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def melee_wm(*words):
-    "The program, in this process: its exit code and what it printed."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        main([str(w) for w in words])
-    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def described(name, *options):

@@ -1,33 +1,23 @@
 """The physics linter on real matches, on nonsense, on rollouts, and from the terminal."""
-import contextlib
 import csv
 import hashlib
-import io
 import json
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from melee_wm.archives import replays_in
-from melee_wm.cli import main
 from melee_wm.constants import NUMBERS, load_tables
 from melee_wm.export import Rollout, write_rollout
 from melee_wm.frame import FIRST_FRAME
 from melee_wm.melee import ACTION_OF
-from melee_wm.physics import HARD, RULES, first_hard_break, lint, relearn, total
+from melee_wm.laws import HARD, RULES
+from melee_wm.physics import first_hard_break, lint, relearn, total
 from melee_wm.practice import practice_match, write_practice
 from melee_wm.slp import read_slp, write_slp
-
-
-def melee_wm(*words):
-    "The program, in this process: its exit code and what it printed."
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        main([str(w) for w in words])
-    return SimpleNamespace(returncode=end.value.code, stdout=out.getvalue(), stderr=err.getvalue())
+from terminal import melee_wm
 
 
 @pytest.fixture(scope="module")

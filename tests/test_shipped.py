@@ -100,8 +100,8 @@ def readme_table(card: dict) -> str:
         row("position error (units), **default**", means["position_mae"]["model"], 3), row("… constant velocity", means["position_mae"]["constant_velocity"], 3),
         row("percent error (points), **default**", means["percent_mae"]["model"], 3), row("… hold", means["percent_mae"]["hold"], 3),
         row("action accuracy, **default**", means["action_acc"]["model"], 3), row("… hold", means["action_acc"]["hold"], 3)]
-    ahead, far, dreams = card["events"]["teacher_forced"], card["events"]["rollout"], card["dreams"]
-    def event(name): return f"{name}s: {ahead[name]['recall']:.0%} one frame ahead, {far[name]['recall']:.0%} up to twenty ahead, {far[name]['false_per_10000']:.1f} false in 10,000 frames"
+    events, dreams = card["events"], card["dreams"]
+    def event(name): return f"{name}s: {events[name]['teacher_forced']['recall']:.0%} one frame ahead, {events[name]['recall']:.0%} up to twenty ahead, {events[name]['false_per_10000']:.1f} false in 10,000 frames"
     survive = "; ".join(f"{what}: {d['survival']['600']:.0%} after ten seconds, {d['survival']['3600']:.0%} after a minute" for what, d in (("under a match's own controllers", dreams["replay"]), ("untouched", dreams["neutral"])))
     return "\n".join([*rows, "", f"{card['games']} held-out games, {card['frames']:,} frames, {card['rollout']['starts']:,} starts (data {card['data_fingerprint']}); 95% of resampled games give a position error at K=20 of {ci['k20'][0]:.2f} to {ci['k20'][1]:.2f}.",
         f"Events within three frames: {event('death')}; {event('respawn')}; {event('hit')}. Dreams of a minute that break no hard law: {survive}."])
