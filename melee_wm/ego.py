@@ -115,7 +115,6 @@ def likeliest(logits: Tensor) -> Tensor:
 class EgoMLP(nn.Module):
     "Each fighter's next frame from its own view of the last one and of the controllers."
     hears_action = True    # `forward` takes `choose`, and all heads but the action's hear what it chose
-
     def __init__(self, config: Config):
         super().__init__()
         c, layout = config.model, layout_of(config.encoding)
