@@ -608,6 +608,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'melee_wm.mamba2.Layer': ('mamba2.html#layer', 'melee_wm/mamba2.py'),
                                  'melee_wm.mamba2.Layer.__init__': ('mamba2.html#layer.__init__', 'melee_wm/mamba2.py'),
                                  'melee_wm.mamba2.Layer.forward': ('mamba2.html#layer.forward', 'melee_wm/mamba2.py'),
+                                 'melee_wm.mamba2.Layer.step': ('mamba2.html#layer.step', 'melee_wm/mamba2.py'),
                                  'melee_wm.mamba2.Mamba2Block': ('mamba2.html#mamba2block', 'melee_wm/mamba2.py'),
                                  'melee_wm.mamba2.Mamba2Block.__init__': ('mamba2.html#mamba2block.__init__', 'melee_wm/mamba2.py'),
                                  'melee_wm.mamba2.Mamba2Block.forward': ('mamba2.html#mamba2block.forward', 'melee_wm/mamba2.py'),

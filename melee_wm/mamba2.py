@@ -31,7 +31,7 @@ def init_rates(heads: int) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/34_mamba2.ipynb #0008
 class BlockState(NamedTuple):
-    "What one block remembers of the frames so far. Never changed in place, so keeping it is a snapshot."
+    "What one block remembers of the frames so far. Changed in place by `step(..., reuse=True)` alone, so keeping it is a snapshot."
     conv: Tensor   # (B, d_conv - 1, channels) last inputs of the convolution
     ssm: Tensor    # (B, H, P, N)
 
@@ -113,7 +113,6 @@ class Mamba2Block(nn.Module):
         need_state: bool = False,           # whether to compute the state leaving the last frame
     ) -> tuple[Tensor, BlockState | None]:  # (B, last or T, D), state
         T, taps = u.shape[1], self.conv1d.kernel_size[0]
-        if T == 1 and state is not None: return self.step(u, state)
         last = last or T
         gate_weight, weight = self.in_proj.weight.split([self.d_inner, self.in_proj.out_features - self.d_inner])
         z = F.linear(u[:, T - last:], gate_weight)                                          # (B, last, d_inner)
@@ -126,16 +125,16 @@ class Mamba2Block(nn.Module):
         y = _GatedNorm.apply(y[:, T - last:].flatten(2), z, self.norm.eps)                  # (B, last, d_inner)
         return F.linear(y, self.out_proj.weight*self.norm.weight), BlockState(window[:, T:].to(dt.dtype), ssm) if need_state else None
 
-    def step(self, u: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
-        "One frame (B, 1, D) and the state before it to (B, 1, D) and the state after it: nothing but what one frame needs."
-        z, xBC, dt = self.in_proj(u[:, 0]).split([self.d_inner, len(self.conv1d.weight), len(self.D)], -1)
+    def step(self, u: Tensor, state: BlockState, reuse: bool = False) -> tuple[Tensor, BlockState]:
+        "One frame (B, D) and the state before it to (B, D) and the state after it: nothing but what one frame needs. `reuse` overwrites the state."
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, len(self.conv1d.weight), len(self.D)], -1)
         window = torch.cat([state.conv, xBC[:, None].to(state.conv.dtype)], 1)              # (B, d_conv, channels)
         xBC = F.silu((window*self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
         x, (dt, A) = x.unflatten(-1, (-1, self.headdim)), self.time_steps(dt)               # (B, H, P), (B, H), (H,)
-        y, ssm = ssd_step(x, dt, A, B, C, state.ssm)
+        y, ssm = ssd_step(x, dt, A, B, C, state.ssm, reuse)
         y = torch.addcmul(y, x, self.D[:, None]).flatten(1)*F.silu(z)                       # (B, d_inner)
-        return self.out_proj(self.norm(y))[:, None], BlockState(window[:, 1:], ssm)
+        return self.out_proj(self.norm(y)), BlockState(window[:, 1:], ssm)
 
 # %% ../nbs/34_mamba2.ipynb #0023
 class Layer(nn.Module):
@@ -147,6 +146,11 @@ class Layer(nn.Module):
     def forward(self, u: Tensor, state: BlockState | None = None, last: int | None = None, need_state: bool = False) -> tuple[Tensor, BlockState | None]:
         y, state = self.mixer(self.norm(u), state, last, need_state)
         return u[:, -y.shape[1]:] + y, state
+
+    def step(self, u: Tensor, state: BlockState, reuse: bool = False) -> tuple[Tensor, BlockState]:
+        "One frame (B, D); see `Mamba2Block.step`."
+        y, state = self.mixer.step(self.norm(u), state, reuse)
+        return u + y, state
 
 State = tuple[BlockState, ...]   # one per layer
 
@@ -204,10 +208,14 @@ class FrameStackMamba2(nn.Module):
         frame: Frames,       # (B, ...) one frame, without a time dimension
         controls: Tensor,    # (B, C) of the frame after it
         state: State,        # before `frame`
+        reuse: bool = False, # write the memory over `state`, which is then lost
     ) -> tuple[Prediction, State]:   # (B, 1, 2, width) per head; state after `frame`
         "Read one frame and predict the next."
-        hidden, state = self.trunk(frame.map(lambda t: t[:, None]), state, need_state=True)
-        return self.predict(hidden, controls[:, None]), state
+        hidden, after = self.dropout(self.frame_proj(self.encoder(frame))).to(self.norm.weight.dtype), []   # (B, D)
+        for layer, memory in zip(self.layers, state):
+            hidden, memory = layer.step(hidden, memory, reuse)
+            after.append(memory)
+        return self.predict(self.norm(hidden)[:, None], controls[:, None]), tuple(after)
 
 # %% ../nbs/34_mamba2.ipynb #0035
 ARCHITECTURES = {"mlp": FrameStackMLP, "mamba2": FrameStackMamba2, "ego": EgoMLP}

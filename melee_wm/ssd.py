@@ -19,11 +19,12 @@ def ssd_step(
     B: Tensor,       # (B, N) direction of writing, shared by the heads
     C: Tensor,       # (B, N) direction of reading, shared by the heads
     state: Tensor,   # (B, H, P, N) entering this frame
+    reuse: bool = False,      # write the new state over the old one, which is then lost
 ) -> tuple[Tensor, Tensor]:   # y (B, H, P), state (B, H, P, N) leaving this frame
     "One frame of the state-space model: fade, write, read."
     batch, H, P, N = state.shape
-    faded = ((dt*A).exp()[..., None, None]*state).view(batch, H*P, N)     # all heads below each other: one product a stream
-    state = faded.baddbmm_((dt[..., None]*x).view(batch, H*P, 1).to(state.dtype), B[:, None].to(state.dtype))
+    faded = torch.mul(state, (dt*A).exp()[..., None, None], out=state if reuse else None)
+    state = faded.view(batch, H*P, N).baddbmm_((dt[..., None]*x).view(batch, H*P, 1).to(state.dtype), B[:, None].to(state.dtype))
     y = torch.bmm(C[:, None].to(state.dtype), state.mT)                   # (B, 1, H * P)
     return y.view(batch, H, P), state.view(batch, H, P, N)
 

@@ -100,7 +100,7 @@ def memories(
 
 # %% ../nbs/43_world.ipynb #0018
 class WorldState(NamedTuple):
-    "All a `World` remembers, for B streams. Never written to: keep it, and assign it back to return to that frame."
+    "All a `World` remembers, for B streams. What `World.state` gave is never written to: keep it, and assign it back to return to that frame."
     window: Frames              # (B, K, ...) encoded context; the last known frame only, where memory is carried
     frame: dict[str, Tensor]    # the last frame in game units, each (B, 2)
     clock: Clock                # what the rules know of the past, each (B, 2)
@@ -133,17 +133,19 @@ class World:
         self.missing = tuple(getattr(model, "missing_heads", ()))        # heads that an old checkpoint had no weights for
         self.roles = _roles(model, self.missing)                         # what becomes of each field: predicted, ruled, carried, given
         self._state: WorldState | None = None
+        self._kept = False     # whether somebody else may hold the present memory
 
     @property
     def state(self) -> WorldState:
         "The present state; assign an earlier one to go back to it."
         if self._state is None: raise UserError("the world has no state yet", do="call reset(seed, stage) first")
+        self._kept = True
         return self._state._replace(random=self.generator.get_state() if self.sample else None)
 
     @state.setter
     def state(self, state: WorldState):
         if self.sample and state.random is not None: self.generator.set_state(state.random)
-        self._state = state
+        self._state, self._kept = state, True
 
 # %% ../nbs/43_world.ipynb #0022
 @patch
@@ -201,7 +203,9 @@ def step(self: World,
     window, last, clock, memory, _ = self._state or self.state   # raises before the first reset
     controls, encoded = controls.to(self.device), take(window, (slice(None), -1))
     told = self._told(encoded, controls, next_controls)                                   # (B, 1, C)
-    if self.memory == "state": prediction, memory = self.model.step(encoded, told[:, 0], memory)
+    if self.memory == "state":
+        prediction, memory = self.model.step(encoded, told[:, 0], memory, reuse=not self._kept)
+        self._kept = False
     elif self.sample and getattr(self.model, "hears_action", False): prediction = self._drawn(window, told)
     else: prediction = self.model(window, told)
     prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, ...)

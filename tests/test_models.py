@@ -159,8 +159,10 @@ def test_the_state_is_a_snapshot():
     with torch.no_grad():
         state = model.prefill(frames.map(lambda t: t[:, :11]))
         first, _ = model.step(frames.map(lambda t: t[:, 11]), controls[:, 11], state)
-        again, _ = model.step(frames.map(lambda t: t[:, 11]), controls[:, 11], state)
-    for head in first: assert torch.equal(first[head], again[head])
+        again, after = model.step(frames.map(lambda t: t[:, 11]), controls[:, 11], state)
+        last, written = model.step(frames.map(lambda t: t[:, 11]), controls[:, 11], state, reuse=True)
+    for head in first: assert torch.equal(first[head], again[head]) and torch.equal(first[head], last[head])
+    assert all(new.ssm.data_ptr() == old.ssm.data_ptr() and torch.equal(new.ssm, other.ssm) for new, old, other in zip(written, state, after))   # written over, to the same bits
 
 
 @pytest.mark.parametrize("name", ["baseline-v22", "v1", "mamba2-1a"])

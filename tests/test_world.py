@@ -119,7 +119,7 @@ def test_carried_memory_is_the_whole_history(game):
     given = pads(world, game, starts, 15)
     world.reset(seed, torch.tensor([game.stage]))
     said, step = [], model.step
-    model.step = lambda *inputs: said.append(step(*inputs)) or said[-1]
+    model.step = lambda *inputs, **how: said.append(step(*inputs, **how)) or said[-1]
     dream = world.run(given)
     history = {n: torch.cat([seed[n], dream[n].to(seed[n].dtype)], 1) for n in dream}
     frames = encode(history, torch.full((2, world.context_len + 15), game.stage), world.layout)
