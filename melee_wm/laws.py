@@ -67,7 +67,7 @@ def knockback_decay(was, now, place):
     share = left/np.maximum(before, 1e-9)
     return checked, ~(np.hypot(nx - share*wx, ny - share*wy) <= SPEED_TOLERANCE), left, after
 
-@rule("soft", "action_state on_ground hitlag speed_y character", "libmelee characterdata.csv; chapter 38: FALL")
+@rule("soft", "action_state on_ground hitlag speed_y character", "libmelee characterdata.csv; chapter 36: FALL")
 def free_fall(was, now, place):
     "jumping or falling, a fighter gains its gravity, up to terminal or fast-fall speed"
     gravity, terminal, fast_fall = np.moveaxis(FALL_TABLE[now["character"]], -1, 0)
@@ -109,7 +109,7 @@ def frozen_in_hitlag(was, now, place):
     moved = np.hypot(now["x"] - was["x"], now["y"] - was["y"])
     return ~_unfrozen(was) & ~_unfrozen(now), ~(moved <= .01), 0., moved
 
-@rule("hard", "x y action_state", "chapter 38: LARGEST_STEP")
+@rule("hard", "x y action_state", "chapter 36: LARGEST_STEP")
 def no_teleport(was, now, place):
     "the living move by at most 30 units a frame"
     moved = np.hypot(now["x"] - was["x"], now["y"] - was["y"])
@@ -142,7 +142,7 @@ def not_inside_the_floor(was, now, place):
     checked = ~now["on_ground"] & _alive(now) & ~_led(now) & (now["x"] > left + 5) & (now["x"] < right - 5) & (place.stage.slippi_id != 3)
     return checked, (depth > _DEEPEST) & (depth < _BELOW), -_DEEPEST, -depth
 
-@rule("soft", "x y action_state hitlag character stage", "chapter 38: learned from real matches")
+@rule("soft", "x y action_state hitlag character stage", "chapter 36: learned from real matches")
 def hangs_at_the_ledge(was, now, place):
     "hanging from the ledge, a fighter is where its arms reach"
     (left, height), (right, _) = place.stage.ledges
@@ -221,7 +221,7 @@ def the_dead_stay_dead(was, now, place):
     "after a death comes a return, or nothing"
     return was["action_state"] <= LAST_DEAD, now["action_state"] > REBIRTH, REBIRTH, now["action_state"]
 
-@rule("hard", "x y percent shield action_state stage", "chapter 39: where one returns")
+@rule("hard", "x y percent shield action_state stage", "chapter 38: where one returns")
 def returns_whole(was, now, place):
     "who returns is unhurt, high above the stage, on the platform"
     low, high = place.stage.respawns[0][1], float(rule_tables(torch.device("cpu")).rebirth[place.stage.slippi_id][0, 1])   # where it stops, where it comes from
@@ -240,19 +240,19 @@ def air_jump_is_spent(was, now, place):
     "a jump in the air takes the last jump"
     return _is(now, "JumpAerialF", "JumpAerialB") & ~_is(was, "JumpAerialF", "JumpAerialB"), (was["jumps_left"] < 1) | (now["jumps_left"] != 0), 0., now["jumps_left"]
 
-@rule("soft", "action_state", "chapter 38: learned from real matches")
+@rule("soft", "action_state", "chapter 36: learned from real matches")
 def known_transition(was, now, place):
     "an action is followed by one that has followed it in a real match"
     a, b = was["action_state"], now["action_state"]
     return a != b, ~place.tables.transitions[a, b], a, b
 
-@rule("soft", "action_state state_age hitlag character", "chapter 38: learned from real matches")
+@rule("soft", "action_state state_age hitlag character", "chapter 36: learned from real matches")
 def lasts_as_long_as_always(was, now, place):
     "an action that always takes as long before a certain other one does so"
     length = place.tables.lengths[was["character"], was["action_state"], now["action_state"]]
     return now["begins"] & (was["age"] > 0) & (length > 0), was["age"] != length, length, was["age"]
 
-@rule("soft", "action_state state_age hitlag character", "chapter 38: learned from real matches")
+@rule("soft", "action_state state_age hitlag character", "chapter 36: learned from real matches")
 def ends_in_time(was, now, place):
     "an action of limited length ends"
     limit = place.tables.limits[was["character"], was["action_state"]]

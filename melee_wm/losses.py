@@ -16,7 +16,7 @@ from .config import Config, TrainingConfig
 from .encoding import Frames, Layout, take
 from .batches import Batch
 from .heads import binned, two_hot_grid
-from .nextframe import LEAST_DAMAGE, head_names, head_targets, integrates, items_of_frames, persisting
+from .nextframe import LEAST_DAMAGE, head_names, head_targets, integrates, items_of_frames, moves_by_law, persisting
 
 # %% ../nbs/41_losses.ipynb #0007
 def last_frames(batch: Batch) -> Frames:
@@ -113,7 +113,7 @@ def even_loss(
     "The loss in which all frames count alike."
     groups, training = config.model.heads, config.training
     carry = integrates(groups, config.model.integrate_positions)
-    speeds = prediction["velocity"].float() if carry else None
+    speeds = prediction["velocity"].float() if carry and not moves_by_law(layout, groups, config.model.integrate_positions) else None
     last = last_frames(batch)
     targets = head_targets(last, batch.target, layout, groups, carry, speeds, prediction["item_motion"].float() if layout.slots else None)
     changed = targets["action"] != last.ints[..., layout.int_index("action_state")] if training.action_change_weight != 1 else None

@@ -19,7 +19,7 @@ from .encoding import LONGEST_COUNT, Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
 from .config import Config
 from .mamba2 import State, keep_memory
-from .rules import Clock, start_clock, tick
+from .rules import Clock, possible, start_clock, tick
 from .nextframe import certain, choose, field_roles, head_targets, next_frame
 
 # %% ../nbs/43_world.ipynb #0006
@@ -188,7 +188,7 @@ def _drawn(self: World, window: Frames, told: Tensor) -> dict[str, Tensor]:
     "The prediction of a model whose other heads hear the action: drawn first, and said for certain."
     drawn = []
     def draw(logits):
-        drawn.append(choose(logits, False, self.sample, self.generator))
+        drawn.append(choose(possible({n: v[:, None] for n, v in self._state.frame.items()}, logits), False, self.sample, self.generator))
         return drawn[0]
     prediction = self.model(window, told, draw)
     return prediction | certain({"action": drawn[0]})
