@@ -382,7 +382,7 @@ def load_motion(device: torch.device = torch.device("cpu"), path: str | Path = M
         animations[torch.from_numpy(arrays["rows"]).long()] = torch.from_numpy(arrays["speeds"])
         return Motion(*(t.to(device) for t in (torch.from_numpy(arrays["numbers"]), laws, animations)), json.loads(about["origin"]))
 
-# %% ../nbs/39_motion.ipynb #0035
+# %% ../nbs/39_motion.ipynb #0036
 SPEEDS = "speed_air_x", "speed_y", "speed_ground_x", "knockback_x", "knockback_y"
 _SLOPE = .1          # units per frame: less than this between the speeds along the ground and through the air is no slope
 

@@ -83,8 +83,8 @@ def settle(last: Columns, proposed: Columns) -> Columns:
     new = dict(proposed)
     rises = new["percent"] - last["percent"] >= LEAST_DAMAGE/2
     new["percent"] = torch.where(rises, new["percent"], last["percent"]).clamp(0, 999)
-    new["shield"] = shielded(last, new)
-    if "jumps_left" in new: new["jumps_left"] = jumps_after(last, new)
+    new["shield"] = shielded(last, last | new)
+    if "jumps_left" in new and "character" in last: new["jumps_left"] = jumps_after(last, last | new)
     if "combo_count" in new: new["combo_count"] = new["combo_count"].round().clamp(min=0)
     if "hitlag" in new:
         said = new["hitlag"].round()

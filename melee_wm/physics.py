@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from .melee import STAGES
 from .frame import FIRST_FRAME, Game
-from .constants import Learned, learn_tables, load_tables, prepared, save_tables
+from .constants import TABLES, Learned, learn_tables, load_tables, prepared, save_tables
+from .motion import MOTION, learn_motion, load_motion, save_motion
 from .dataset import load_games, read_meta
 from .laws import HARD, RULES, Frames, Place, missing, verdicts
 
@@ -99,14 +100,16 @@ def measure_floors(games: list[tuple[str, Game]], parts: int = 5) -> Report:
         reports += [lint(game, tables=tables) for _, game in games[part::parts]]
     return total(reports)
 
-def relearn(data: str | Path, held_out: str | Path | None = None, output: str | Path | None = None) -> Report:
-    "Learn tables and floors from a parsed dataset but for the MD5s listed in a file, and write them where the package keeps them."
+def relearn(data: str | Path, held_out: str | Path | None = None, folder: str | Path = TABLES.parent) -> Report:
+    "Learn both files of tables, and floors, from a parsed dataset but for the MD5s listed in a file, and write them where the package keeps them."
     excluded = set(Path(held_out).read_text().split()) if held_out else set()
     games = list(load_games(data, [r["slp_md5"] for r in read_meta(data) if r["slp_md5"] not in excluded]))
     report = measure_floors(games)
     tables = learn_tables(games)._replace(floors={n: round(rate, 4) for n, rate in report.rates.items()})
-    save_tables(tables._replace(origin=tables.origin | {"held_out": len(excluded), "checked": report.checked}), *([output] if output else []))
-    load_tables.cache_clear()
+    save_tables(tables._replace(origin=tables.origin | {"held_out": len(excluded), "checked": report.checked}), Path(folder)/TABLES.name)
+    motion = learn_motion(games)
+    save_motion(motion._replace(origin=motion.origin | {"held_out": len(excluded)}), Path(folder)/MOTION.name)
+    load_tables.cache_clear(); load_motion.cache_clear()
     return report
 
 # %% ../nbs/46_physics.ipynb #0020

@@ -184,7 +184,7 @@ def physics_headline(said: dict) -> str:
     "How many laws a dream keeps as well as real matches do, and which hard ones it breaks; `said` as from `linted`."
     asked = {n: rate for n, rate in said["violations_per_1000"].items() if rate is not None}
     more = [n for n, rate in asked.items() if rate > 2*(said["floor_per_1000"].get(n) or 0)]
-    hard = [_plain(n) for n in more if n in said["hard"]]
+    hard = [f"“{_plain(n)}”" for n, rate in asked.items() if rate and n in said["hard"]]
     kept = f'Of {len(asked)} laws of the game that could be asked of its {said["frames"]:,} frames, this dream keeps {len(asked) - len(more)} as well as real matches do (no more than twice as many violations).'
     return kept + (f' <b>It breaks hard laws</b>, which no real match breaks: {", ".join(hard)}.' if hard else " It breaks no hard law.")
 

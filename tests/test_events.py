@@ -1,12 +1,17 @@
-"""Events against what the simulator did, against other columns of real replays, and the matching against its definition."""
+"""Events against what the simulator did, against other columns of real replays, and the matching against its definition; lives and pictures of dreams."""
+import copy
 import itertools
+import json
 import time
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from melee_wm import duel
 from melee_wm.core import UserError
+from melee_wm.checkpoint import SHIPPED
+from melee_wm.dreams import before_deaths, draw_before_after, draw_life, draw_survival, draw_violations, first_life, violations_of
 from melee_wm.events import AIR_JUMP, EVENTS, SHIELD, Tally, add_tallies, before, begins, events_of, match_events, pairs_within, rates
 from melee_wm.melee import ACTION_OF, CHARACTERS, internal_of
 from melee_wm.practice import controls_at, practice_match, start
@@ -225,3 +230,124 @@ def test_real_replays_agree_with_their_other_columns(replays):
         assert (jumps < before(jumps))[found["air_jump"] | found["ground_jump"]].all(), path.name
         assert (game["state_flags_3"] & 0x80 > 0)[found["shield"]].all(), path.name
         assert 60 < rates(game.columns)["damage"].mean() < 300
+
+
+def lives(*, death=20, stock=20, back=80, act=150, next_death=None, player=1, T=300, attack="AttackAirN") -> dict:
+    "A stream, (1, T, 2), in which one fighter dies, loses a stock, comes back and attacks at these rows (None: never)."
+    action, stocks, ground = (np.full((1, T, 2), value) for value in (ACTION_OF["Wait"], 4, 1))
+    if death is not None: action[0, death:, player] = ACTION_OF["DeadLeft"]
+    if stock is not None: stocks[0, stock:, player] = 3
+    if back is not None: action[0, back:, player] = ACTION_OF["Rebirth"]; action[0, back + 60:, player] = ACTION_OF["Wait"]
+    if act is not None: action[0, act:act + 20, player] = ACTION_OF[attack]; action[0, act + 20:, player] = ACTION_OF["Wait"]
+    if next_death is not None: action[0, next_death:, player] = ACTION_OF["DeadDown"]
+    return {"action_state": action, "stocks": stocks, "on_ground": ground, "character": np.full((1, T, 2), internal_of(2)), "x": np.zeros((1, T, 2)), "y": np.zeros((1, T, 2))}
+
+
+WHOLE = {"stream": 0, "player": 1, "death": 20, "stock_lost": 20, "back": 80, "acts": 150, "until": 300}
+
+
+@pytest.mark.parametrize("changed, found", [
+    ({}, WHOLE),
+    ({"player": 0}, WHOLE | {"player": 0}),
+    ({"stock": 50}, WHOLE | {"stock_lost": 50}),              # a star loses its stock later
+    ({"attack": "JumpAerialF"}, WHOLE),
+    ({"next_death": 250}, WHOLE | {"until": 250}),
+    ({"death": None, "stock": None, "back": None}, None),     # nobody dies
+    ({"stock": None}, None),                                  # a death that costs nothing
+    ({"stock": 10}, None),                                    # a stock lost before, and none by the death
+    ({"back": None, "act": None}, None),                      # nobody returns
+    ({"act": None}, None),                                    # back, and does nothing
+    ({"attack": "Fall"}, None),                               # neither a jump nor an attack
+    ({"next_death": 190}, None),                              # dies again within a second
+    ({"next_death": 140, "act": None}, None),
+    ({"T": 200}, None)])                                      # the dream ends too soon to know
+def test_a_life_after_death(changed, found):
+    assert first_life(lives(**changed)) == found
+
+
+def test_a_life_is_found_in_whichever_stream_has_one():
+    three = [lives(act=None), lives(stock=None), lives(player=0, death=30, stock=30, back=90)]
+    told = {n: np.concatenate([s[n] for s in three]) for n in three[0]}
+    assert first_life(told) == {"stream": 2, "player": 0, "death": 30, "stock_lost": 30, "back": 90, "acts": 150, "until": 300}
+    twice = lives(death=10, stock=10, back=12, act=None, next_death=20)   # dies again before it does anything: the second life counts
+    twice["stocks"][0, 20:, 1], twice["action_state"][0, 80:140, 1], twice["action_state"][0, 140:, 1] = 2, ACTION_OF["Rebirth"], ACTION_OF["Attack11"]
+    assert first_life(twice) == WHOLE | {"acts": 140}
+    assert first_life({n: v for n, v in told.items() if n != "stocks"}) is None
+
+
+def test_practice_fighters_live_again_and_rows_before_deaths_leave_room():
+    game = practice_match(11, frames=6000)
+    life = first_life({n: v[None] for n, v in game.columns.items()})
+    row, player = life["death"], life["player"]
+    assert game["action_state"][row, player] <= 10 < game["action_state"][row - 1, player] and game["action_state"][life["back"], player] == ACTION_OF["Rebirth"]
+    assert game["stocks"][life["until"] - 1, player] == game["stocks"][row - 1, player] - 1
+    deaths = np.argwhere(events_of(game.columns)["death"])[:, 0]
+    [(same, rows)] = before_deaths([("practice", game)], 40, 400, 10)
+    assert same is game and len(rows) and set(rows + 40) == {d for d in deaths if d - 40 >= 9 and d - 40 + 400 < len(game) - 1}
+    assert before_deaths([("practice", game)], 40, 10**6, 10) == []
+
+
+def test_every_real_match_has_a_life_after_death(replays):
+    paths = sorted((replays / "quick").glob("*.slp"))
+    if not paths: pytest.skip("no loose replays here")
+    for path in paths:
+        game = read_slp(path)
+        life = first_life({n: v[None] for n, v in game.columns.items()})
+        assert life["death"] <= life["stock_lost"] < life["back"] < life["acts"] < life["until"], path.name
+        assert life["back"] - life["death"] in (60, 175, 176, 177), (path.name, life)
+
+
+def marks(ax) -> dict[str, dict[str, float]]:
+    "What a chart of violations shows: label -> rule -> value."
+    names = [t.get_text().removesuffix(" *") for t in ax.get_yticklabels()]
+    return {line.get_label(): dict(zip(names, line.get_xdata())) for line in ax.lines} | {"floor": {n: bar.get_x() + bar.get_width() for n, bar in zip(names, ax.patches)}}
+
+
+RULES_TOLD = {"no_teleport": {"model": 0., "real": 0., "hard": True}, "free_fall": {"model": 400., "real": .5, "hard": False},
+    "new_rule": {"model": 3., "real": None, "hard": False}, "never_asked": {"model": None, "real": 1., "hard": False}}
+
+
+def test_a_chart_of_violations_shows_what_it_was_given():
+    _, ax = plt.subplots()
+    later = {"free_fall": {"model": .25, "real": .5, "hard": False}, "shield_range": {"model": 2., "real": 0., "hard": True}}
+    draw_violations(ax, {"before": RULES_TOLD, "after": later})
+    shown = marks(ax)
+    assert list(shown["before"]) == ["no_teleport", "shield_range", "free_fall", "new_rule"], "hard laws first; none that was never asked"
+    assert shown["before"]["free_fall"] == 400 and shown["after"]["free_fall"] == .25 and shown["floor"]["free_fall"] == pytest.approx(.5)
+    assert np.isnan(shown["after"]["no_teleport"]) and np.isnan(shown["before"]["shield_range"]) and np.isnan(shown["floor"]["new_rule"])
+    assert shown["before"]["no_teleport"] == shown["floor"]["no_teleport"] == ax.get_xticks()[0] and ax.get_xticklabels()[0].get_text() == "0" and ax.get_xscale() == "log"
+    assert [t.get_color() for t in ax.get_yticklabels()] == ["tab:red"]*2 + ["black"]*2
+    plt.close("all")
+
+
+def test_before_and_after_from_the_shipped_scorecard():
+    "Two scorecards, or their dreams, are enough; what was changed is what moves."
+    card = json.loads((SHIPPED / "default" / "scorecard.json").read_text())
+    changed = copy.deepcopy({"dreams": card["dreams"], "violations_per_1000": card["violations_per_1000"]})
+    rule = next(n for n, v in violations_of(card).items() if v["model"])
+    violations_of(changed)[rule]["model"] *= .1
+    changed["dreams"]["neutral"]["first_break"] = [1]*changed["dreams"]["neutral"]["starts"]
+    replay, _, neutral, survival = draw_before_after(card, changed, ("one", "other")).axes
+    shown, quiet = marks(replay), marks(neutral)
+    assert {n for n in shown["one"] if shown["one"][n] != shown["other"][n]} == {rule} and shown["other"][rule] == pytest.approx(max(shown["one"][rule]/10, 1e-5))
+    assert quiet["one"] == quiet["other"] and len(quiet["one"]) > 10
+    one, other = (line.get_ydata() for line in survival.lines)
+    assert [one[t] for t in (600, 3600)] == pytest.approx([card["dreams"]["neutral"]["survival"][t] for t in ("600", "3600")]) and (other[1:] == 0).all()
+    only = draw_before_after(card["dreams"], changed["dreams"])   # without the scorecards' own table only the neutral rates are known
+    assert [len(ax.get_yticklabels()) > 10 for ax in only.axes].count(True) == 1 and len(only.axes) == 3
+    assert violations_of(card["dreams"]) == violations_of({}) == {} and violations_of(card["dreams"], "neutral") == card["dreams"]["neutral"]["violations_per_1000"]
+    plt.close("all")
+
+
+def test_a_life_is_drawn_where_it_happened():
+    told = lives()
+    told["x"][0, :, 1] = np.arange(300)/10
+    fig = draw_life(told, WHOLE, 31, {n: told[n][0] for n in "xy"})
+    field, height, place = fig.axes
+    assert [line.get_xdata()[0] for line in height.lines[2:]] == [20/60, 20/60, 80/60, 150/60], "death, stock, return, first deed"
+    assert {line.get_label(): float(line.get_xdata()[0]) for line in field.lines if " s" in line.get_label()} == {"death, 0.33 s": 2., "stock lost, 0.33 s": 2., "back, 1.33 s": 8., "acts, 2.50 s": 15.}
+    assert place.lines[0].get_ydata().tolist() == told["x"][0, :, 1].tolist()
+    _, ax = plt.subplots()
+    draw_survival(ax, {"some": {"frames": 4, "first_break": [1, 3, 5, 5]}})
+    assert ax.lines[0].get_ydata().tolist() == [1, .75, .75, .5, .5]
+    plt.close("all")

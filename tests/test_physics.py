@@ -14,6 +14,7 @@ from melee_wm.export import Rollout, write_rollout
 from melee_wm.frame import FIRST_FRAME
 from melee_wm.melee import ACTION_OF
 from melee_wm.laws import HARD, RULES
+from melee_wm.motion import load_motion
 from melee_wm.physics import first_hard_break, lint, relearn, total
 from melee_wm.practice import practice_match, write_practice
 from melee_wm.slp import read_slp, write_slp
@@ -160,8 +161,9 @@ def test_tables_are_learned_anew(tmp_path):
     build([tmp_path / "slp"], tmp_path / "data", progress=False)
     (tmp_path / "held.txt").write_text(read_meta(tmp_path / "data")[0]["slp_md5"])
     before = load_tables().origin
-    report = relearn(tmp_path / "data", tmp_path / "held.txt", tmp_path / "tables.safetensors")
-    learned = load_tables(tmp_path / "tables.safetensors")
+    report = relearn(tmp_path / "data", tmp_path / "held.txt", tmp_path)
+    learned, motion = load_tables(tmp_path / "physics.safetensors"), load_motion(path=tmp_path / "motion.safetensors")
+    assert motion.origin["games"] == 5 and motion.origin["held_out"] == 1
     assert report.frames == 5*1500 and learned.origin["games"] == 5 and learned.origin["held_out"] == 1
     assert learned.floors == {n: round(r, 4) for n, r in report.rates.items()} and learned.floors["percent_never_falls"] == 0
     assert load_tables().origin == before
@@ -171,6 +173,7 @@ def test_the_shipped_tables_never_saw_the_held_out_games(replays):
     from melee_wm.parsed import fingerprint
     held = set((replays / "heldout.txt").read_text().split())
     training = {r["md5"] for r in csv.DictReader(open(replays / "inventory.csv"))} - held
+    assert load_motion().origin["held_out"] == len(held) and load_motion().origin["games"] <= len(training)
     origin = load_tables().origin
     assert origin["held_out"] == len(held) and origin["games"] <= len(training)
     assert origin["games"] != len(training) or origin["fingerprint"] == fingerprint(training)

@@ -19,7 +19,9 @@ from melee_wm.core import UserError
 from melee_wm.execute import execute_run, notebook_parameters, run_notebook
 from melee_wm.experiment import run_status
 from melee_wm.practice import write_practice
-from melee_wm.report import train_run
+from melee_wm import report
+from melee_wm.checkpoint import SHIPPED
+from melee_wm.report import linted, physics_headline, show_physics, train_run
 from melee_wm.track import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +112,58 @@ def test_the_dream_is_a_replay(finished):
     game = read_slp(finished / "rollout.slp")
     shown = json.loads((finished / "rollout.json").read_text())
     assert len(game) == len(shown["frames"]["frame"]) and "truth" in shown and "not a match that was played" in game.info["synthetic"]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "What the report shows: texts, and the figures' labels."
+    said = []
+    monkeypatch.setattr(report, "_page", said.append)
+    monkeypatch.setattr(report.plt, "show", lambda: said.append(" / ".join(ax.get_xlabel() for ax in report.plt.gcf().axes)))
+    yield said
+    report.plt.close("all")
+
+
+def test_the_report_asks_the_laws_of_the_dream(finished, shown):
+    text = (finished / "notebook.html").read_text()
+    assert "Does it obey the game?" in text and "laws of the game that could be asked of its 600 frames" in text and "The worst seconds" in text
+    show_physics(finished)
+    assert len([s for s in shown if "player-frames" in s]) == 1 and not [s for s in shown if "seconds dreamt" in s], "the law chart, and no survival without long dreams"
+
+
+def test_the_linter_reads_either_file_of_a_run(finished, tmp_path):
+    for name in ("rollout.json", "rollout.slp"): shutil.copy(finished / name, tmp_path)
+    by_json = linted(tmp_path)
+    (tmp_path / "rollout.json").unlink()
+    by_slp = linted(tmp_path)
+    assert (by_json["file"], by_slp["file"], by_json["frames"]) == ("rollout.json", "rollout.slp", by_slp["frames"])
+    assert by_json["players"] == by_slp["players"] and len(by_json["checked"]) > 10
+    assert {n: by_slp["violations_per_1000"][n] for n in by_json["checked"]} == by_json["violations_per_1000"]
+    (tmp_path / "rollout.slp").unlink()
+    assert linted(tmp_path) is None
+
+
+def test_what_breaks_is_named_with_its_second(finished, tmp_path, shown):
+    "A rollout in which a fighter jumps across the stage in frame 150, and long dreams in the scorecard."
+    dream = json.loads((finished / "rollout.json").read_text())
+    before = linted(finished)
+    dream["frames"]["players"][1]["x"][150] += 500.
+    (tmp_path / "rollout.json").write_text(json.dumps(dream))
+    shutil.copy(SHIPPED / "default" / "scorecard.json", tmp_path)
+    said = linted(tmp_path)
+    assert said["violations_per_1000"]["no_teleport"] > before["violations_per_1000"]["no_teleport"]
+    assert "It breaks hard laws" in physics_headline(said) and "“no teleport”" in physics_headline(said)
+    show_physics(tmp_path)
+    frame = dream["frames"]["frame"][150]
+    assert re.search(rf"2\.5 s, P\d [^<]+</b> \(frame {frame}\): no teleport", "".join(shown))
+    assert [s for s in shown if "seconds dreamt" in s] and [s for s in shown if "player-frames" in s]
+
+
+def test_old_runs_have_no_such_section(finished, tmp_path, shown):
+    show_physics(tmp_path)
+    (tmp_path / "scorecard.json").write_text((finished / "scorecard.json").read_text())
+    show_physics(tmp_path)
+    assert shown == []
 
 
 def test_a_name_in_use_is_refused(finished, dataset):
