@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'DEAD_ZONE', 'RUN_TAPER', 'Law', 'ACROSS', 'RISE', 'KNOCKBACK', 'TABLES_OF_LAWS', 'AGES', 'TOLERANCE',
-           'Steps', 'HOLDS', 'MOTION', 'SPEEDS', 'slowed', 'approach', 'Situation', 'centred', 'steered', 'law',
-           'drift', 'air_friction', 'traction', 'dash', 'run', 'walk', 'jump', 'air_jump', 'led', 'fall', 'rest', 'hop',
-           'lifted', 'fade', 'drag', 'complete', 'free_steps', 'own_speed', 'usual', 'straight', 'learn_numbers',
-           'animation_row', 'learn_animations', 'Motion', 'situation', 'learn_laws', 'learn_motion', 'save_motion',
-           'load_motion', 'speeds_by_law']
+           'Steps', 'ALIKE', 'HOLDS', 'MOTION', 'SPEEDS', 'slowed', 'approach', 'Situation', 'centred', 'steered',
+           'law', 'drift', 'air_friction', 'traction', 'dash', 'run', 'walk', 'jump', 'air_jump', 'led', 'fall', 'rest',
+           'hop', 'lifted', 'fade', 'drag', 'complete', 'free_steps', 'own_speed', 'usual', 'straight', 'learn_numbers',
+           'animation_row', 'always', 'learn_animations', 'anchors', 'place_row', 'learn_places', 'Motion', 'situation',
+           'learn_laws', 'filled', 'learn_motion', 'save_motion', 'load_motion', 'speeds_by_law', 'held_in_place']
 
 # %% ../nbs/39_motion.ipynb #0002
 from .core import UserError, atomic_write
@@ -21,7 +21,8 @@ import numpy as np, torch
 from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
-from .melee import ACTION_OF, ACTION_VOCAB, CHARACTERS
+from .melee import ACTION_OF, ACTION_VOCAB, CHARACTERS, STAGES
+from .fields import STAGE
 from .arena import KNOCKBACK_DECAY
 from .frame import Game
 from .parsed import fingerprint
@@ -292,20 +293,71 @@ def _groups(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     order = np.argsort(keys, kind="stable")
     return order, *np.unique(keys[order], return_index=True, return_counts=True)
 
+def always(keys: np.ndarray, values: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    "Keys (n,) and the values (n, k) that nearly always go with them, NaN where they vary, from many keys and values (N, k)."
+    order, rows, starts, times = _groups(keys)
+    known = np.full((len(rows), values.shape[1]), np.nan, np.float32)
+    for i in np.flatnonzero(times >= ALIKE):
+        seen = values[order[starts[i]:starts[i] + times[i]]]
+        middle = np.median(seen, 0)
+        known[i] = np.where((np.abs(seen - middle) < tolerance).mean(0) >= .95, middle, np.nan)
+    some = np.isfinite(known).any(-1)
+    return rows[some], known[some]
+
+ALIKE = 5     # observations that must agree
+
 def learn_animations(now: Columns) -> tuple[np.ndarray, np.ndarray]:
-    "Rows (n,) and speeds ahead and up (n, 2), NaN where they vary, of what was seen at least eight times."
-    order, rows, starts, times = _groups(animation_row(now["character"], now["action_state"], now["state_age"]).numpy())
+    "Rows (n,) and speeds ahead and up (n, 2), NaN where they vary."
     ahead = own_speed(now)*torch.where(now["facing"] > .5, 1., -1.)
-    speeds = np.full((len(rows), 2), np.nan, np.float32)
-    for side, values in enumerate((ahead.numpy()[order], now["speed_y"].numpy()[order])):
-        for i in np.flatnonzero(times >= 8):
-            seen = values[starts[i]:starts[i] + times[i]]
-            middle = np.median(seen)
-            if (np.abs(seen - middle) < TOLERANCE).mean() >= .95: speeds[i, side] = middle
-    known = np.isfinite(speeds).any(-1)
-    return rows[known], speeds[known]
+    return always(animation_row(now["character"], now["action_state"], now["state_age"]).numpy(), torch.stack([ahead, now["speed_y"]], -1).numpy(), TOLERANCE)
 
 # %% ../nbs/39_motion.ipynb #0029
+_CLIMBS = ACTION_OF["CliffCatch"], ACTION_OF["CliffJumpQuick2"]          # at a ledge
+_HELD = ACTION_OF["CapturePulledHi"], ACTION_OF["ThrownLwWomen"]         # in somebody's hands; not all in between are
+_MOVING_STAGE = 3                                                        # Pokémon Stadium, whose ledges go with its transformations
+
+@cache
+def _ledges(device: torch.device) -> Tensor:
+    "(stages, 2 sides, 2) x and y of the ledges; NaN where unknown."
+    with torch.inference_mode(False):
+        table = torch.full((STAGE.vocab, 2, 2), torch.nan)
+        for i, stage in STAGES.items():
+            if i != _MOVING_STAGE: table[i] = torch.tensor(stage.ledges)
+        return table.to(device)
+
+def _within(action: Tensor, ends: tuple[int, int]) -> Tensor: return (action >= ends[0]) & (action <= ends[1])
+
+def anchors(frame: Columns, stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "What may hold each fighter, (..., 2): x and y of the point, and the direction (±1) in which distances from it count; `stage` (...)."
+    right = frame["x"] > 0
+    corner = torch.where(right.unsqueeze(-1), _ledges(frame["x"].device)[stage][..., None, 1, :], _ledges(frame["x"].device)[stage][..., None, 0, :])   # (..., 2, 2)
+    climbs, facing = _within(frame["action_state"], _CLIMBS), torch.where(frame["facing"] > .5, 1., -1.)
+    return *(torch.where(climbs, corner[..., k], frame[n].flip(-1)) for k, n in enumerate(("x", "y"))), torch.where(climbs, torch.where(right, 1., -1.), facing)
+
+def place_row(frame: Columns, age: Tensor) -> Tensor:
+    "Row of the table of places for each fighter, (..., 2): the first part for ledges, then the hands of each character; -1 for all other actions."
+    action, character, age = frame["action_state"], frame["character"], age.floor().clamp(0, AGES - 1).long()
+    climbing = (character*(_CLIMBS[1] - _CLIMBS[0] + 1) + action - _CLIMBS[0])*AGES + age
+    held = _AT_LEDGES + ((character.flip(-1)*len(CHARACTERS) + character)*(_HELD[1] - _HELD[0] + 1) + action - _HELD[0])*AGES + age
+    return torch.where(_within(action, _CLIMBS), climbing, torch.where(_within(action, _HELD), held, -1))
+
+_AT_LEDGES = len(CHARACTERS)*(_CLIMBS[1] - _CLIMBS[0] + 1)*AGES
+_PLACES = _AT_LEDGES + len(CHARACTERS)**2*(_HELD[1] - _HELD[0] + 1)*AGES
+
+def learn_places(games: Iterable[Game]) -> tuple[np.ndarray, np.ndarray]:
+    "Rows (n,) and distances outward and up (n, 2), game units, where they are always the same."
+    rows, distances = [], []
+    for game in games:
+        frame = {n: torch.from_numpy(np.asarray(v)) for n, v in columns_of(game, _V3).items()}
+        x, y, way = anchors(frame, torch.full(frame["x"].shape[:1], game.stage))
+        row, distance = place_row(frame, frame["state_age"]), torch.stack([(frame["x"] - x)*way, frame["y"] - y], -1)
+        kept = (row >= 0) & distance.isfinite().all(-1) & (frame["hitlag"] < .5)
+        rows.append(row[kept]); distances.append(distance[kept])
+    rows, distances = always(torch.cat(rows).numpy(), torch.cat(distances).numpy(), .02)
+    whole = np.isfinite(distances).all(-1)
+    return rows[whole], distances[whole]
+
+# %% ../nbs/39_motion.ipynb #0032
 HOLDS = .98          # share of cases in which a law must be right to rule a step
 _STEPS = ACTION_VOCAB**2
 
@@ -314,6 +366,7 @@ class Motion(NamedTuple):
     numbers: Tensor      # (33, len(ATTRIBUTES)); NaN where unknown
     laws: Tensor         # (34, 400 * 400, 3) int8: which law of ACROSS, RISE and KNOCKBACK rules a step of a character, or, in the last row, of any
     animations: Tensor   # (33 * 400 * AGES, 2) speed ahead and up; NaN where it varies or is unknown
+    places: Tensor       # (rows of `place_row`, 2) distances outward and up; NaN where they vary or are unknown
     origin: dict = {}    # what it was learned from
 
 def situation(motion: Motion, was: Columns, now: Columns, age: Tensor) -> Situation:
@@ -345,25 +398,31 @@ def learn_laws(motion: Motion, was: Columns, now: Columns) -> Tensor:   # (34, 4
         laws[steps//_STEPS, steps % _STEPS, table] = verdict
     return torch.from_numpy(laws)
 
+def filled(length: int, rows: np.ndarray, values: np.ndarray) -> Tensor:
+    "A table (length, 2) with some rows, and NaN elsewhere."
+    table = torch.full((length, 2), torch.nan)
+    table[torch.from_numpy(rows).long()] = torch.from_numpy(values)
+    return table
+
 def learn_motion(games: Iterable[tuple[str, Game]]) -> Motion:
     "Numbers, animations and laws of games (MD5, game)."
     games = [(md5, game) for md5, game in games if complete(game)]
     was, now = free_steps(game for _, game in games)
-    (rows, speeds), animations = learn_animations(now), torch.full((len(CHARACTERS)*ACTION_VOCAB*AGES, 2), torch.nan)
-    animations[rows] = torch.from_numpy(speeds)
+    animations = filled(len(CHARACTERS)*ACTION_VOCAB*AGES, *learn_animations(now))
+    places = filled(_PLACES, *learn_places(game for _, game in games))
     md5s = [md5 for md5, _ in games]
-    motion = Motion(torch.from_numpy(learn_numbers(was, now)), torch.zeros(0), animations, {"games": len(md5s), "steps": len(was["facing"]), "fingerprint": fingerprint(md5s)})
+    motion = Motion(torch.from_numpy(learn_numbers(was, now)), torch.zeros(0), animations, places, {"games": len(md5s), "steps": len(was["facing"]), "fingerprint": fingerprint(md5s)})
     return motion._replace(laws=learn_laws(motion, was, now))
 
-# %% ../nbs/39_motion.ipynb #0032
+# %% ../nbs/39_motion.ipynb #0035
 MOTION = (Path(__file__).parent if "__file__" in globals() else Path("../melee_wm"))/"tables"/"motion.safetensors"
 
 def save_motion(motion: Motion, path: str | Path = MOTION) -> None:
     "Write the tables, whole or not at all."
-    laws, seen = motion.laws.numpy(), np.flatnonzero(motion.animations.isfinite().any(-1).numpy())
+    laws, (seen, found) = motion.laws.numpy(), (np.flatnonzero(table.isfinite().any(-1).numpy()) for table in (motion.animations, motion.places))
     usual, own = np.argwhere(laws[-1].any(-1)), np.argwhere((laws != laws[-1]).any(-1))
     arrays = {"numbers": motion.numbers.numpy(), "steps": usual[:, 0].astype(np.int32), "laws": laws[-1][usual[:, 0]], "own_steps": own.astype(np.int32), "own_laws": laws[tuple(own.T)],
-        "rows": seen.astype(np.int32), "speeds": motion.animations.numpy()[seen]}
+        "animations": seen.astype(np.int32), "speeds": motion.animations.numpy()[seen], "places": found.astype(np.int32), "distances": motion.places.numpy()[found]}
     about = {"origin": json.dumps(motion.origin), "attributes": json.dumps(ATTRIBUTES), "tables": json.dumps([list(t) for t in TABLES_OF_LAWS])}
     with atomic_write(path) as temporary: temporary.write_bytes(save({n: np.ascontiguousarray(v) for n, v in arrays.items()}, about))
 
@@ -378,11 +437,10 @@ def load_motion(device: torch.device = torch.device("cpu"), path: str | Path = M
         laws = torch.zeros(len(CHARACTERS) + 1, _STEPS, len(TABLES_OF_LAWS), dtype=torch.int8)
         laws[:, torch.from_numpy(arrays["steps"]).long()] = torch.from_numpy(arrays["laws"])
         laws[tuple(torch.from_numpy(arrays["own_steps"]).long().T)] = torch.from_numpy(arrays["own_laws"])
-        animations = torch.full((len(CHARACTERS)*ACTION_VOCAB*AGES, 2), torch.nan)
-        animations[torch.from_numpy(arrays["rows"]).long()] = torch.from_numpy(arrays["speeds"])
-        return Motion(*(t.to(device) for t in (torch.from_numpy(arrays["numbers"]), laws, animations)), json.loads(about["origin"]))
+        tables = laws, filled(len(CHARACTERS)*ACTION_VOCAB*AGES, arrays["animations"], arrays["speeds"]), filled(_PLACES, arrays["places"], arrays["distances"])
+        return Motion(*(t.to(device) for t in (torch.from_numpy(arrays["numbers"]), *tables)), json.loads(about["origin"]))
 
-# %% ../nbs/39_motion.ipynb #0036
+# %% ../nbs/39_motion.ipynb #0039
 SPEEDS = "speed_air_x", "speed_y", "speed_ground_x", "knockback_x", "knockback_y"
 _SLOPE = .1          # units per frame: less than this between the speeds along the ground and through the air is no slope
 
@@ -403,3 +461,10 @@ def speeds_by_law(motion: Motion, was: Columns, now: Columns, age: Tensor) -> Co
     ruled = dict(zip(SPEEDS, (torch.where(stands & ~level, now["speed_air_x"], across), rise, torch.where(stands, across, 0.), *knockback)))
     held, struck = was["hitlag"] > .5, now["hitlag"] > .5
     return {n: torch.where(struck, torch.where(held, was[n], now[n]), v) for n, v in ruled.items()}
+
+def held_in_place(motion: Motion, now: Columns, stage: Tensor, age: Tensor) -> Columns:
+    "x and y of a new frame, (..., 2): of those whom a ledge or the other fighter holds, by the tables; of all others as they are."
+    row, (x, y, way) = place_row(now, age), anchors(now, stage)
+    out, up = motion.places[row.clamp(min=0)].unbind(-1)
+    holds = (row >= 0) & (out + x).isfinite() & (now["hitlag"] < .5)
+    return {"x": torch.where(holds, x + way*out, now["x"]), "y": torch.where(holds, y + up, now["y"])}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_DAMAGE', 'LEAST_DEFLECTION', 'LEAST_SHIFT', 'speed_of', 'displacement', 'head_names', 'integrates', 'choose',
-           'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'moves_by_law', 'next_frame',
+           'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'held', 'moves_by_law', 'next_frame',
            'items_of_frames', 'head_targets', 'certain', 'field_roles']
 
 # %% ../nbs/40_nextframe.ipynb #0002
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .encoding import LONGEST_COUNT, Frames, Layout
 from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, jumps_after, next_age, no_clock, possible, referee, rule_tables, shielded
-from .motion import load_motion, speeds_by_law
+from .motion import held_in_place, load_motion, speeds_by_law
 
 # %% ../nbs/40_nextframe.ipynb #0007
 def speed_of(frame: Columns) -> tuple[Tensor, Tensor]:
@@ -156,6 +156,11 @@ def moved(last: Columns, new: Columns, controls: Tensor, clock: Clock) -> Column
     ruled = speeds_by_law(load_motion(whole["x"].device), last, whole, next_age(last, whole, clock))
     return new | ruled | {n: torch.where((new[n] - last[n]).abs() < LEAST_SHIFT, last[n], new[n]) for n in ("x", "y")}
 
+def held(last: Columns, new: Columns, stage: Tensor, clock: Clock) -> Columns:
+    "Where ledges and hands put those whom they hold."
+    whole = last | new
+    return held_in_place(load_motion(stage.device), whole, stage, next_age(last, whole, clock))
+
 def moves_by_law(layout: Layout, groups: tuple[str, ...], integrate: bool) -> bool:
     "Whether the laws of motion decide speeds: where speeds carry fighters and the level v3 says all that laws look at."
     return integrates(groups, integrate) and "fast_fall" in layout.float_fields
@@ -179,6 +184,7 @@ def next_frame(
     if moves_by_law(layout, heads, integrate): new = moved(last, new, controls, clock)
     if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
     new["y"] = footing(last, new, stage.long())
+    if moves_by_law(layout, heads, integrate): new |= held(last, new, stage.long(), clock)
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given" and not f.slot} | new
     living = prediction["action"][..., REBIRTH + 1:].argmax(-1) + REBIRTH + 1
     new = referee(last, new, living, stage.long(), clock)

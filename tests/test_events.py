@@ -336,6 +336,7 @@ def test_before_and_after_from_the_shipped_scorecard():
     only = draw_before_after(card["dreams"], changed["dreams"])   # without the scorecards' own table only the neutral rates are known
     assert [len(ax.get_yticklabels()) > 10 for ax in only.axes].count(True) == 1 and len(only.axes) == 3
     assert violations_of(card["dreams"]) == violations_of({}) == {} and violations_of(card["dreams"], "neutral") == card["dreams"]["neutral"]["violations_per_1000"]
+    assert violations_of({"dreams": {"replay": {}, "neutral": {}}, "violations_per_1000": RULES_TOLD}, "neutral") == {}, "the scorecard's own table is of replayed controllers"
     plt.close("all")
 
 
