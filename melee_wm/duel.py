@@ -292,11 +292,11 @@ def _advance(f: Fighter, c: Controls, s: Stage, frame: int):
     if frame < FIRST_INPUT: c = NEUTRAL
     new = c.buttons & ~f.held.buttons
     f.since_trigger, f.l_cancel = 0 if new & SHIELD_BUTTONS else min(f.since_trigger + 1, 255), 0
+    if f.action not in SHIELDED: f.shield = min(f.shield + .07, 60.0)     # in hitlag too
     if f.hitlag: f.hitlag -= 1
     if not f.hitlag:
         f.count += 1
         f.hitstun, f.invulnerable = max(f.hitstun - 1, 0), max(f.invulnerable - 1, 0)
-        if f.action not in SHIELDED: f.shield = min(f.shield + .07, 60.0)
         waiting = f.action in AWAY
         if not waiting or _wait_for_life(f, c, s, frame): _play(f, ATTRIBUTES[f.character], c, new, s)
     f.held = c

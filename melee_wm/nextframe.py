@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .encoding import LONGEST_COUNT, Frames, Layout
 from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, jumps_after, next_age, no_clock, possible, referee, rule_tables, shielded
-from .motion import held_in_place, load_motion, speeds_by_law
+from .motion import held_in_place, load_motion, shifted, speeds_by_law
 
 # %% ../nbs/40_nextframe.ipynb #0007
 def speed_of(frame: Columns) -> tuple[Tensor, Tensor]:
@@ -151,10 +151,12 @@ def _counters(last: Columns, new: Columns, controls: Tensor) -> Columns:
 LEAST_SHIFT = .1      # game units; of the moves that speeds do not explain, nine in ten are larger
 
 def moved(last: Columns, new: Columns, controls: Tensor, clock: Clock) -> Columns:
-    "A proposal of the level v3 with speeds by law, and without shifts that are smaller than any."
+    "A proposal of the level v3 with speeds by law, with the shifts of those who are hit, and without others that are smaller than any."
     whole = last | new | dict(zip(CONTROLS, controls.unbind(-1)))
     ruled = speeds_by_law(load_motion(whole["x"].device), last, whole, next_age(last, whole, clock))
-    return new | ruled | {n: torch.where((new[n] - last[n]).abs() < LEAST_SHIFT, last[n], new[n]) for n in ("x", "y")}
+    hurt, *shifts = shifted(last, whole)
+    free = {n: torch.where((new[n] - last[n]).abs() < LEAST_SHIFT, last[n], new[n]) for n in ("x", "y")}
+    return new | ruled | {n: torch.where(hurt, last[n] + shift, free[n]) for n, shift in zip(free, shifts)}
 
 def held(last: Columns, new: Columns, stage: Tensor, clock: Clock) -> Columns:
     "Where ledges and hands put those whom they hold."
