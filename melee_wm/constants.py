@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FALL', 'FALL_TABLE', 'SHIELD_REGROWTH', 'SHIELD_DRAIN', 'INVULNERABLE_FRAMES', 'LARGEST_STEP', 'NUMBERS',
-           'LEAST_SEEN', 'TABLES', 'Fall', 'action_ages', 'prepared', 'floor_height', 'moving_part', 'Learned',
-           'learn_tables', 'save_tables', 'load_tables']
+           'MOVING_PARTS', 'LEAST_SEEN', 'TABLES', 'Fall', 'action_ages', 'prepared', 'floor_height', 'moving_part',
+           'Learned', 'learn_tables', 'save_tables', 'load_tables']
 
 # %% ../nbs/36_constants.ipynb #0002
 from .core import UserError, atomic_write
@@ -94,12 +94,12 @@ def floor_height(x: np.ndarray, stage: Stage) -> np.ndarray:
     "Height of the main floor at x, continued level beyond its ends."
     return np.interp(x, *np.transpose(stage.ground)).astype(np.float32)
 
+MOVING_PARTS = {2: (19.95, 50.55, -.5, 30.), 3: (0., 120., -40., 110.), 8: (0., 117., -36., -12.)}   # stage -> |x| from and to, y from and to
+
 def moving_part(x: np.ndarray, y: np.ndarray, stage: Stage) -> np.ndarray:
     "Whether a part of the stage that moves can be at (x, y)."
-    if stage.slippi_id == 2: return (np.abs(np.abs(x) - 35.25) < 15.3) & (y > -.5) & (y < 30)
-    if stage.slippi_id == 3: return (np.abs(x) < 120) & (y > -40) & (y < 110)
-    if stage.slippi_id == 8: return (np.abs(x) < 117) & (y > -36) & (y < -12)
-    return np.zeros(x.shape, bool)
+    near, far, low, high = MOVING_PARTS.get(stage.slippi_id, (np.inf,)*4)
+    return (np.abs(x) >= near) & (np.abs(x) < far) & (y > low) & (y < high)
 
 # %% ../nbs/36_constants.ipynb #0021
 LEAST_SEEN = 20   # equal observations that make a fact

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'DEAD_ZONE', 'RUN_TAPER', 'Law', 'ACROSS', 'RISE', 'KNOCKBACK', 'TABLES_OF_LAWS', 'SHIFT_IN_FREEZE',
-           'SHIFT_AFTER', 'MOST_TURN', 'AGES', 'TOLERANCE', 'Steps', 'ALIKE', 'HOLDS', 'MOTION', 'SPEEDS', 'slowed',
-           'approach', 'Situation', 'centred', 'steered', 'law', 'drift', 'air_friction', 'traction', 'dash', 'run',
-           'walk', 'jump', 'air_jump', 'led', 'fall', 'rest', 'hop', 'lifted', 'fade', 'drag', 'turned', 'shifted',
-           'complete', 'free_steps', 'own_speed', 'usual', 'straight', 'learn_numbers', 'animation_row', 'always',
-           'learn_animations', 'anchors', 'place_row', 'learn_places', 'Motion', 'situation', 'learn_laws', 'filled',
-           'learn_motion', 'save_motion', 'load_motion', 'speeds_by_law', 'held_in_place']
+           'SHIFT_AFTER', 'MOST_TURN', 'AGES', 'TOLERANCE', 'Steps', 'ALIKE', 'HOLDS', 'GROUND', 'AIR', 'FIRST_SPECIAL',
+           'MOTION', 'SPEEDS', 'slowed', 'approach', 'Situation', 'centred', 'steered', 'law', 'drift', 'air_friction',
+           'traction', 'dash', 'run', 'walk', 'jump', 'air_jump', 'led', 'fall', 'rest', 'hop', 'lifted', 'fade',
+           'turned', 'shifted', 'complete', 'free_steps', 'own_speed', 'usual', 'straight', 'learn_numbers',
+           'animation_row', 'always', 'learn_animations', 'anchors', 'place_row', 'learn_places', 'Motion', 'situation',
+           'learn_laws', 'filled', 'learn_grounds', 'learn_motion', 'save_motion', 'load_motion', 'speeds_by_law',
+           'offered_ground', 'stands_by_law', 'falls_free', 'held_in_place']
 
 # %% ../nbs/39_motion.ipynb #0002
 from .core import UserError, atomic_write
@@ -30,7 +31,7 @@ from .parsed import fingerprint
 from .config import EncodingConfig
 from .encoding import EncodingRefused, check_encodable, columns_of, layout_of
 from .constants import FALL_TABLE, LEAST_SEEN
-from .rules import LAST_DEAD, REBIRTH, Columns
+from .rules import REBIRTH, Columns, supported
 
 # %% ../nbs/39_motion.ipynb #0005
 def slowed(speed: Tensor, friction: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ class Situation(NamedTuple):
     stick: Tensor                # horizontally, -1 to 1, in the new frame
     stick_before: Tensor
     facing: Tensor               # -1 or 1
-    falls_fast: Tensor           # bool, in the new frame
+    falls_fast: Tensor           # bool, in the new frame, as is the next
+    stands: Tensor
     said_rise: Tensor            # vertical speed that somebody proposes
     animation: tuple[Tensor, Tensor]   # speed ahead and up that the animation has at this age; NaN where it has none of its own
 
@@ -80,7 +82,7 @@ def steered(s: Situation, kind: str, speed: Tensor, friction: Tensor, taper: flo
 Law = Callable[[Situation], Tensor]
 ACROSS: dict[str, Law | None] = {"said": None}      # own horizontal speed
 RISE: dict[str, Law | None] = {"said": None}        # vertical speed
-KNOCKBACK: dict[str, Callable[[Situation], tuple[Tensor, Tensor]] | None] = {"said": None}   # both of its parts
+KNOCKBACK: dict[str, Callable[[Situation], tuple[Tensor, Tensor]] | None] = {}      # both of its parts
 
 def law(table: dict):
     "Enter a function into a table of laws under its own name."
@@ -159,17 +161,13 @@ def lifted(s: Situation) -> Tensor:
 
 @law(KNOCKBACK)
 def fade(s: Situation) -> tuple[Tensor, Tensor]:
-    "In the air: smaller by 0.051 along its direction, which the victim may have turned."
+    "In the air: smaller by 0.051 along its direction, which the victim may have turned; on the ground: slowed by traction, and none upwards."
     (x, y), (along, across) = s.knockback, (s.turn.cos(), s.turn.sin())
     size = torch.hypot(x, y)
     left = (size - KNOCKBACK_DECAY).clamp(min=0)/size.clamp(min=1e-6)
-    return left*(along*x - across*y), left*(across*x + along*y)
+    return torch.where(s.stands, slowed(x, s.numbers["traction"]), left*(along*x - across*y)), left*(across*x + along*y)*~s.stands
 
-@law(KNOCKBACK)
-def drag(s: Situation) -> tuple[Tensor, Tensor]:
-    "On the ground: slowed by traction, and none upwards."
-    return slowed(s.knockback[0], s.numbers["traction"]), torch.zeros_like(s.rise)
-
+KNOCKBACK["said"] = None
 TABLES_OF_LAWS = ACROSS, RISE, KNOCKBACK
 
 # %% ../nbs/39_motion.ipynb #0015
@@ -392,6 +390,7 @@ class Motion(NamedTuple):
     laws: Tensor         # (34, 400 * 400, 3) int8: which law of ACROSS, RISE and KNOCKBACK rules a step of a character, or, in the last row, of any
     animations: Tensor   # (33 * 400 * AGES, 2) speed ahead and up; NaN where it varies or is unknown
     places: Tensor       # (rows of `place_row`, 2) distances outward and up; NaN where they vary or are unknown
+    grounds: Tensor      # (33, 400) int8: GROUND or AIR for actions of a character that are always there, else 0
     origin: dict = {}    # what it was learned from
 
 def situation(motion: Motion, was: Columns, now: Columns, age: Tensor) -> Situation:
@@ -400,14 +399,14 @@ def situation(motion: Motion, was: Columns, now: Columns, age: Tensor) -> Situat
     animation = motion.animations[animation_row(now["character"], now["action_state"], age)].unbind(-1)
     facing = torch.where(now["facing"] > .5, 1., -1.)
     return Situation(numbers, own_speed(was), was["speed_y"], (was["knockback_x"], was["knockback_y"]), turned(was, now), centred(now["main_x"]), centred(was["main_x"]),
-        facing, now["fast_fall"] > .5, now["speed_y"], animation)
+        facing, now["fast_fall"] > .5, now["on_ground"] > .5, now["speed_y"], animation)
 
-def _verdicts(right: np.ndarray, known: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Steps seen often enough, and the law that rules each (0: none), from who was right, (laws, n), and who had an answer."
+def _verdicts(right: np.ndarray, known: np.ndarray, keys: np.ndarray, nobody: int) -> tuple[np.ndarray, np.ndarray]:
+    "Steps seen often enough, and the law that rules each, else `nobody`, from who was right, (laws, n), and who had an answer."
     order, steps, starts, times = _groups(keys)
     good, asked = (np.add.reduceat(v[:, order], starts, axis=1, dtype=np.int64) for v in (right, known))
     share = np.where(asked >= LEAST_SEEN, good/np.maximum(asked, 1), 0.)       # (laws, steps)
-    return steps[times >= LEAST_SEEN], np.where(share.max(0) >= HOLDS, share.argmax(0), 0)[times >= LEAST_SEEN]
+    return steps[times >= LEAST_SEEN], np.where(share.max(0) >= HOLDS, share.argmax(0), nobody)[times >= LEAST_SEEN]
 
 def learn_laws(motion: Motion, was: Columns, now: Columns) -> Tensor:   # (34, 400 * 400, 3) int8
     "Which laws rule which steps, from free steps and what is known of numbers and animations."
@@ -415,11 +414,13 @@ def learn_laws(motion: Motion, was: Columns, now: Columns) -> Tensor:   # (34, 4
     step, truth = (was["action_state"]*ACTION_VOCAB + now["action_state"]).numpy(), (own_speed(now), now["speed_y"], torch.stack([now["knockback_x"], now["knockback_y"]]))
     character = now["character"].numpy()
     for table, (rules, true) in enumerate(zip(TABLES_OF_LAWS, truth)):
-        off = [(torch.stack(f(s)) - true).abs().amax(0) if true.dim() == 2 else (f(s) - true).abs() for f in rules.values() if f]
-        right, known = (np.stack([np.zeros(len(step), bool), *(test(o).numpy() for o in off)]) for test in (lambda o: o < TOLERANCE, torch.isfinite))
-        steps, verdict = _verdicts(right, known, step)
+        values = [f(s) if f else torch.full_like(true, torch.nan) for f in rules.values()]
+        off = [((torch.stack(v) if isinstance(v, tuple) else v) - true).abs().reshape(-1, len(step)).amax(0) for v in values]
+        right, known = (np.stack([test(o).numpy() for o in off]) for test in (lambda o: o < TOLERANCE, torch.isfinite))
+        nobody = list(rules).index("said")
+        steps, verdict = _verdicts(right, known, step, nobody)
         laws[:, steps, table] = verdict
-        steps, verdict = _verdicts(right, np.ones_like(known), character*_STEPS + step)
+        steps, verdict = _verdicts(right, np.ones_like(known), character*_STEPS + step, nobody)
         laws[steps//_STEPS, steps % _STEPS, table] = verdict
     return torch.from_numpy(laws)
 
@@ -429,6 +430,17 @@ def filled(length: int, rows: np.ndarray, values: np.ndarray) -> Tensor:
     table[torch.from_numpy(rows).long()] = torch.from_numpy(values)
     return table
 
+GROUND, AIR = 1, 2
+FIRST_SPECIAL = ACTION_OF["Special341"]     # from here on, actions are others for every character
+
+def learn_grounds(now: Columns) -> Tensor:   # (33, 400) int8
+    "Which actions are always on the ground, or always in the air, in at least 99.5 of 100 cases; by character, or by all together where it was seen too rarely."
+    keys, stands = (now["character"]*ACTION_VOCAB + now["action_state"]).numpy(), (now["on_ground"] > .5).double().numpy()
+    seen, standing = (np.bincount(keys, w, len(CHARACTERS)*ACTION_VOCAB).reshape(-1, ACTION_VOCAB) for w in (None, stands))
+    def verdict(seen, standing): return np.where(standing >= .995*seen, GROUND, np.where(standing <= .005*seen, AIR, 0))*(seen >= LEAST_SEEN)
+    shared = np.where(np.arange(ACTION_VOCAB) < FIRST_SPECIAL, verdict(seen.sum(0), standing.sum(0)), 0)
+    return torch.from_numpy(np.where(seen >= LEAST_SEEN, verdict(seen, standing), shared).astype(np.int8))
+
 def learn_motion(games: Iterable[tuple[str, Game]]) -> Motion:
     "Numbers, animations and laws of games (MD5, game)."
     games = [(md5, game) for md5, game in games if complete(game)]
@@ -436,7 +448,7 @@ def learn_motion(games: Iterable[tuple[str, Game]]) -> Motion:
     animations = filled(len(CHARACTERS)*ACTION_VOCAB*AGES, *learn_animations(now))
     places = filled(_PLACES, *learn_places(game for _, game in games))
     md5s = [md5 for md5, _ in games]
-    motion = Motion(torch.from_numpy(learn_numbers(was, now)), torch.zeros(0), animations, places, {"games": len(md5s), "steps": len(was["facing"]), "fingerprint": fingerprint(md5s)})
+    motion = Motion(torch.from_numpy(learn_numbers(was, now)), torch.zeros(0), animations, places, learn_grounds(now), {"games": len(md5s), "steps": len(was["facing"]), "fingerprint": fingerprint(md5s)})
     return motion._replace(laws=learn_laws(motion, was, now))
 
 # %% ../nbs/39_motion.ipynb #0038
@@ -447,7 +459,7 @@ def save_motion(motion: Motion, path: str | Path = MOTION) -> None:
     laws, (seen, found) = motion.laws.numpy(), (np.flatnonzero(table.isfinite().any(-1).numpy()) for table in (motion.animations, motion.places))
     usual, own = np.argwhere(laws[-1].any(-1)), np.argwhere((laws != laws[-1]).any(-1))
     arrays = {"numbers": motion.numbers.numpy(), "steps": usual[:, 0].astype(np.int32), "laws": laws[-1][usual[:, 0]], "own_steps": own.astype(np.int32), "own_laws": laws[tuple(own.T)],
-        "animations": seen.astype(np.int32), "speeds": motion.animations.numpy()[seen], "places": found.astype(np.int32), "distances": motion.places.numpy()[found]}
+        "animations": seen.astype(np.int32), "speeds": motion.animations.numpy()[seen], "places": found.astype(np.int32), "distances": motion.places.numpy()[found], "grounds": motion.grounds.numpy()}
     about = {"origin": json.dumps(motion.origin), "attributes": json.dumps(ATTRIBUTES), "tables": json.dumps([list(t) for t in TABLES_OF_LAWS])}
     with atomic_write(path) as temporary: temporary.write_bytes(save({n: np.ascontiguousarray(v) for n, v in arrays.items()}, about))
 
@@ -462,17 +474,18 @@ def load_motion(device: torch.device = torch.device("cpu"), path: str | Path = M
         laws = torch.zeros(len(CHARACTERS) + 1, _STEPS, len(TABLES_OF_LAWS), dtype=torch.int8)
         laws[:, torch.from_numpy(arrays["steps"]).long()] = torch.from_numpy(arrays["laws"])
         laws[tuple(torch.from_numpy(arrays["own_steps"]).long().T)] = torch.from_numpy(arrays["own_laws"])
-        tables = laws, filled(len(CHARACTERS)*ACTION_VOCAB*AGES, arrays["animations"], arrays["speeds"]), filled(_PLACES, arrays["places"], arrays["distances"])
+        tables = laws, filled(len(CHARACTERS)*ACTION_VOCAB*AGES, arrays["animations"], arrays["speeds"]), filled(_PLACES, arrays["places"], arrays["distances"]), torch.from_numpy(arrays["grounds"])
         return Motion(*(t.to(device) for t in (torch.from_numpy(arrays["numbers"]), *tables)), json.loads(about["origin"]))
 
 # %% ../nbs/39_motion.ipynb #0042
 SPEEDS = "speed_air_x", "speed_y", "speed_ground_x", "knockback_x", "knockback_y"
+_BLOW = .3           # units per frame: a smaller change of knockback than this is none
 _SLOPE = .1          # units per frame: less than this between the speeds along the ground and through the air is no slope
 
 def _by_law(rules: dict, s: Situation, said: Tensor, which: Tensor) -> Tensor:
     "What the laws numbered `which` (...) make of a speed that is `said` (..., k), where they can."
-    values = [said] + [v if isinstance(v := f(s), Tensor) else torch.stack(v, -1) for f in list(rules.values())[1:]]
-    values = torch.stack([v.reshape(said.shape) for v in values])                                       # (laws, ..., k)
+    values = [f(s) if f else said for f in rules.values()]
+    values = torch.stack([(v if isinstance(v, Tensor) else torch.stack(v, -1)).reshape(said.shape) for v in values])   # (laws, ..., k)
     ruled = values.gather(0, which.long().unsqueeze(-1).expand(said.shape).unsqueeze(0)).squeeze(0)
     return torch.where(ruled.isfinite(), ruled, said)
 
@@ -481,11 +494,29 @@ def speeds_by_law(motion: Motion, was: Columns, now: Columns, age: Tensor) -> Co
     s, step = situation(motion, was, now, age), was["action_state"]*ACTION_VOCAB + now["action_state"]
     which = motion.laws[now["character"], step].unbind(-1)
     across, rise = (_by_law(table, s, said.unsqueeze(-1), w).squeeze(-1) for table, said, w in zip(TABLES_OF_LAWS, (own_speed(now), now["speed_y"]), which))
-    knockback = _by_law(KNOCKBACK, s, torch.stack([now["knockback_x"], now["knockback_y"]], -1), which[2]).unbind(-1)
+    said = torch.stack([now["knockback_x"], now["knockback_y"]], -1)
+    unhurt = (torch.stack(fade(s), -1) - said).abs().amax(-1) < _BLOW                      # nobody hits as softly as that
+    knockback = _by_law(KNOCKBACK, s, said, torch.where(unhurt, list(KNOCKBACK).index("fade"), which[2])).unbind(-1)
     stands, level = now["on_ground"] > .5, (now["speed_air_x"] - now["speed_ground_x"]).abs() < _SLOPE
     ruled = dict(zip(SPEEDS, (torch.where(stands & ~level, now["speed_air_x"], across), rise, torch.where(stands, across, 0.), *knockback)))
     held, struck = was["hitlag"] > .5, now["hitlag"] > .5
     return {n: torch.where(struck, torch.where(held, was[n], now[n]), v) for n, v in ruled.items()}
+
+def offered_ground(motion: Motion, last: Columns, logits: Tensor, stage: Tensor) -> Tensor:
+    "Logits of actions, (..., 2, V), without those of the ground where there is nothing to stand on; `last` is the frame before."
+    ids, always = torch.arange(logits.shape[-1], device=logits.device), motion.grounds[last["character"]]
+    nowhere = ~supported(last, stage).unsqueeze(-1) & (always == GROUND)
+    nowhere &= ~_within(ids, _HELD) & ~_within(ids, _CLIMBS)
+    return torch.where(nowhere.all(-1, keepdim=True), logits, logits.masked_fill(nowhere, -torch.inf))
+
+def stands_by_law(motion: Motion, last: Columns, now: Columns, stage: Tensor) -> Tensor:
+    "Who stands in a new frame, (..., 2) as 0. or 1.: as the action always has it, else as said if there is something to stand on."
+    always = motion.grounds[now["character"], now["action_state"]]
+    return torch.where(always == GROUND, 1., torch.where((always == AIR) | ~supported(last, stage), 0., now["on_ground"]))
+
+def falls_free(motion: Motion, was: Columns, now: Columns) -> Tensor:
+    "Who falls or rises by gravity alone, so that nothing but its speed moves it up or down."
+    return (motion.laws[now["character"], was["action_state"]*ACTION_VOCAB + now["action_state"], 1] == list(RISE).index("fall")) & (now["on_ground"] < .5)
 
 def held_in_place(motion: Motion, now: Columns, stage: Tensor, age: Tensor) -> Columns:
     "x and y of a new frame, (..., 2): of those whom a ledge or the other fighter holds, by the tables; of all others as they are."

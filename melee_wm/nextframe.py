@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_DAMAGE', 'LEAST_DEFLECTION', 'LEAST_SHIFT', 'speed_of', 'displacement', 'head_names', 'integrates', 'choose',
-           'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'held', 'moves_by_law', 'next_frame',
-           'items_of_frames', 'head_targets', 'certain', 'field_roles']
+           'offered', 'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'held', 'moves_by_law',
+           'next_frame', 'items_of_frames', 'head_targets', 'certain', 'field_roles']
 
 # %% ../nbs/40_nextframe.ipynb #0002
 from .fields import BY_NAME, CONTROLS, HEAD_GROUPS, HEADS, ITEM_FIELDS, STAGE
@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from .encoding import LONGEST_COUNT, Frames, Layout
-from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, jumps_after, next_age, no_clock, possible, referee, rule_tables, shielded
-from .motion import held_in_place, load_motion, shifted, speeds_by_law
+from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, jumps_after, next_age, no_clock, possible, protected, referee, rule_tables, shielded
+from .motion import falls_free, held_in_place, load_motion, offered_ground, shifted, speeds_by_law, stands_by_law
 
 # %% ../nbs/40_nextframe.ipynb #0007
 def speed_of(frame: Columns) -> tuple[Tensor, Tensor]:
@@ -52,10 +52,17 @@ def _scales(head: str, device: torch.device) -> Tensor:
     "Encoded units per game unit of what a head of numbers says, (width,)."
     with torch.inference_mode(False): return torch.tensor([BY_NAME[f].scale for f in HEADS[head].fields[:HEADS[head].width]], device=device)
 
+def offered(last: Columns, logits: Tensor, stage: Tensor, clock: Clock) -> Tensor:
+    "Logits of actions, (..., 2, V), without what cannot follow the last frame, (..., 2)."
+    logits = possible(last, logits, clock)
+    return offered_ground(load_motion(logits.device), last, logits, stage) if "character" in last and "speed_y" in last else logits
+
 def propose(
     last: Columns,                    # the last frame, game units, each (..., 2)
     prediction: dict[str, Tensor],    # head -> (..., 2, width)
     groups: tuple[str, ...],
+    stage: Tensor,                    # (...)
+    clock: Clock,
     temperature: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Columns:                         # every predicted field of the fighters, each (..., 2)
@@ -64,7 +71,7 @@ def propose(
     for name in (n for n in head_names(groups) if not HEADS[n].items):   # items: see `next_items`
         head, values = HEADS[name], prediction[name]
         if head.target == "class":
-            new[head.fields[0]] = choose(possible(last, values) if name == "action" else values, False, temperature, generator); continue
+            new[head.fields[0]] = choose(offered(last, values, stage, clock) if name == "action" else values, False, temperature, generator); continue
         values = choose(values, True, temperature, generator) if head.target == "logit" else values/_scales(name, values.device)
         if head.target == "delta": values = values + torch.stack([last[f] for f in head.fields], -1)
         new |= zip(head.fields, values.unbind(-1))
@@ -90,7 +97,6 @@ def settle(last: Columns, proposed: Columns) -> Columns:
         said = new["hitlag"].round()
         new["hitlag"] = torch.where((said > last["hitlag"]) | (last["hitlag"] < .5), said, last["hitlag"] - 1).clamp(min=0)
     if "hitstun" in new: new["hitstun"] = _counted_down(last["hitstun"], new["hitstun"].round(), new["hitlag"] > .5 if "hitlag" in new else None)
-    if "hurtbox_state" in new: new["invulnerable"] = (new["hurtbox_state"] != 0).float()
     return new
 
 # %% ../nbs/40_nextframe.ipynb #0023
@@ -150,12 +156,14 @@ def _counters(last: Columns, new: Columns, controls: Tensor) -> Columns:
 
 LEAST_SHIFT = .1      # game units; of the moves that speeds do not explain, nine in ten are larger
 
-def moved(last: Columns, new: Columns, controls: Tensor, clock: Clock) -> Columns:
+def moved(last: Columns, new: Columns, controls: Tensor, stage: Tensor, clock: Clock) -> Columns:
     "A proposal of the level v3 with speeds by law, with the shifts of those who are hit, and without others that are smaller than any."
     whole = last | new | dict(zip(CONTROLS, controls.unbind(-1)))
+    new["on_ground"] = whole["on_ground"] = stands_by_law(load_motion(stage.device), last, whole, stage)
     ruled = speeds_by_law(load_motion(whole["x"].device), last, whole, next_age(last, whole, clock))
     hurt, *shifts = shifted(last, whole)
-    free = {n: torch.where((new[n] - last[n]).abs() < LEAST_SHIFT, last[n], new[n]) for n in ("x", "y")}
+    small = {n: (new[n] - last[n]).abs() < LEAST_SHIFT for n in ("x", "y")}
+    free = {n: torch.where(small[n] | (falls_free(load_motion(stage.device), last, whole) if n == "y" else False), last[n], new[n]) for n in small}
     return new | ruled | {n: torch.where(hurt, last[n] + shift, free[n]) for n, shift in zip(free, shifts)}
 
 def held(last: Columns, new: Columns, stage: Tensor, clock: Clock) -> Columns:
@@ -181,9 +189,12 @@ def next_frame(
 ) -> Columns:                         # every field of the layout, game units, each (..., 2)
     "The frame that follows `last`, by the model's prediction and the game's rules."
     clock = clock or no_clock(last)
-    new = settle(last, propose(last, prediction, heads, temperature, generator))
+    new = settle(last, propose(last, prediction, heads, stage.long(), clock, temperature, generator))
+    if "hurtbox_state" in new:
+        new["hurtbox_state"] = protected(new, clock)
+        new["invulnerable"] = (new["hurtbox_state"] != 0).float()
     freezes = "hitlag" in new
-    if moves_by_law(layout, heads, integrate): new = moved(last, new, controls, clock)
+    if moves_by_law(layout, heads, integrate): new = moved(last, new, controls, stage.long(), clock)
     if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
     new["y"] = footing(last, new, stage.long())
     if moves_by_law(layout, heads, integrate): new |= held(last, new, stage.long(), clock)

@@ -19,8 +19,8 @@ from .encoding import LONGEST_COUNT, Frames, controls_of, encode, take
 from .encoding import next_controls as control_features
 from .config import Config
 from .mamba2 import State, keep_memory
-from .rules import Clock, possible, start_clock, tick
-from .nextframe import certain, choose, field_roles, head_targets, next_frame
+from .rules import Clock, start_clock, tick
+from .nextframe import certain, choose, field_roles, head_targets, next_frame, offered
 
 # %% ../nbs/43_world.ipynb #0006
 def seed_windows(
@@ -185,10 +185,10 @@ def _told(self: World, encoded: Frames, controls: Tensor, following: Tensor | No
 
 @patch
 def _drawn(self: World, window: Frames, told: Tensor) -> dict[str, Tensor]:
-    "The prediction of a model whose other heads hear the action: drawn first, and said for certain."
+    "The prediction of a model whose other heads hear the action: chosen first among what is possible, and said for certain."
     drawn = []
     def draw(logits):
-        drawn.append(choose(possible({n: v[:, None] for n, v in self._state.frame.items()}, logits), False, self.sample, self.generator))
+        drawn.append(choose(offered(self._state.frame, logits[:, 0], window.stage[:, -1].long(), self._state.clock)[:, None], False, self.sample, self.generator))
         return drawn[0]
     prediction = self.model(window, told, draw)
     return prediction | certain({"action": drawn[0]})
@@ -206,7 +206,7 @@ def step(self: World,
     if self.memory == "state":
         prediction, memory = self.model.step(encoded, told[:, 0], memory, reuse=not self._kept)
         self._kept = False
-    elif self.sample and getattr(self.model, "hears_action", False): prediction = self._drawn(window, told)
+    elif getattr(self.model, "hears_action", False): prediction = self._drawn(window, told)
     else: prediction = self.model(window, told)
     prediction = {name: values[:, -1] for name, values in prediction.items()}             # (B, 2, ...)
     if self.missing:
