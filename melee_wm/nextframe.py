@@ -55,7 +55,7 @@ def _scales(head: str, device: torch.device) -> Tensor:
 def offered(last: Columns, logits: Tensor, stage: Tensor, clock: Clock) -> Tensor:
     "Logits of actions, (..., 2, V), without what cannot follow the last frame, (..., 2)."
     logits = possible(last, logits, clock)
-    return offered_ground(load_motion(logits.device), last, logits, stage) if "character" in last and "speed_y" in last else logits
+    return offered_ground(load_motion(logits.device), last, logits, stage) if "fast_fall" in last else logits
 
 def propose(
     last: Columns,                    # the last frame, game units, each (..., 2)
