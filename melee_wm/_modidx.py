@@ -939,6 +939,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'melee_wm.rules.dying': ('rules.html#dying', 'melee_wm/rules.py'),
                                 'melee_wm.rules.fate_of': ('rules.html#fate_of', 'melee_wm/rules.py'),
                                 'melee_wm.rules.footing': ('rules.html#footing', 'melee_wm/rules.py'),
+                                'melee_wm.rules.ground_after': ('rules.html#ground_after', 'melee_wm/rules.py'),
                                 'melee_wm.rules.jumps_after': ('rules.html#jumps_after', 'melee_wm/rules.py'),
                                 'melee_wm.rules.next_age': ('rules.html#next_age', 'melee_wm/rules.py'),
                                 'melee_wm.rules.no_clock': ('rules.html#no_clock', 'melee_wm/rules.py'),

@@ -430,6 +430,7 @@ def filled(length: int, rows: np.ndarray, values: np.ndarray) -> Tensor:
     table[torch.from_numpy(rows).long()] = torch.from_numpy(values)
     return table
 
+# %% ../nbs/39_motion.ipynb #0037
 GROUND, AIR = 1, 2
 FIRST_SPECIAL = ACTION_OF["Special341"]     # from here on, actions are others for every character
 
@@ -451,7 +452,7 @@ def learn_motion(games: Iterable[tuple[str, Game]]) -> Motion:
     motion = Motion(torch.from_numpy(learn_numbers(was, now)), torch.zeros(0), animations, places, learn_grounds(now), {"games": len(md5s), "steps": len(was["facing"]), "fingerprint": fingerprint(md5s)})
     return motion._replace(laws=learn_laws(motion, was, now))
 
-# %% ../nbs/39_motion.ipynb #0038
+# %% ../nbs/39_motion.ipynb #0040
 MOTION = (Path(__file__).parent if "__file__" in globals() else Path("../melee_wm"))/"tables"/"motion.safetensors"
 
 def save_motion(motion: Motion, path: str | Path = MOTION) -> None:
@@ -477,7 +478,7 @@ def load_motion(device: torch.device = torch.device("cpu"), path: str | Path = M
         tables = laws, filled(len(CHARACTERS)*ACTION_VOCAB*AGES, arrays["animations"], arrays["speeds"]), filled(_PLACES, arrays["places"], arrays["distances"]), torch.from_numpy(arrays["grounds"])
         return Motion(*(t.to(device) for t in (torch.from_numpy(arrays["numbers"]), *tables)), json.loads(about["origin"]))
 
-# %% ../nbs/39_motion.ipynb #0042
+# %% ../nbs/39_motion.ipynb #0044
 SPEEDS = "speed_air_x", "speed_y", "speed_ground_x", "knockback_x", "knockback_y"
 _BLOW = .3           # units per frame: a smaller change of knockback than this is none
 _SLOPE = .1          # units per frame: less than this between the speeds along the ground and through the air is no slope

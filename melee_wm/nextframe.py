@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from .encoding import LONGEST_COUNT, Frames, Layout
-from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, jumps_after, next_age, no_clock, possible, protected, referee, rule_tables, shielded
+from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, ground_after, jumps_after, next_age, no_clock, possible, protected, referee, rule_tables, shielded
 from .motion import falls_free, held_in_place, load_motion, offered_ground, shifted, speeds_by_law, stands_by_law
 
 # %% ../nbs/40_nextframe.ipynb #0007
@@ -145,15 +145,6 @@ def next_items(
     return {f"item{slot + 1}_{n}": v for n, values in new.items() for slot, v in enumerate(values.masked_fill(gone, 0).unbind(-1))}
 
 # %% ../nbs/40_nextframe.ipynb #0029
-_TRIGGERS = [CONTROLS.index(n) for n in ("button_l", "button_r")]
-
-def _counters(last: Columns, new: Columns, controls: Tensor) -> Columns:
-    "The counters of the level v3: frames in the action, and since a trigger was pressed."
-    down, before = (controls[..., _TRIGGERS] > .5).any(-1), torch.maximum(last["button_l"], last["button_r"]) > .5     # (..., 2)
-    frames = torch.where(new["action_state"] == last["action_state"], last["action_frames"] + 1, 1.)
-    since = torch.where(down & ~before, 0., last["trigger_frames"] + 1)
-    return {"action_frames": frames.clamp(max=LONGEST_COUNT), "trigger_frames": since.clamp(max=LONGEST_COUNT)}
-
 LEAST_SHIFT = .1      # game units; of the moves that speeds do not explain, nine in ten are larger
 
 def moved(last: Columns, new: Columns, controls: Tensor, stage: Tensor, clock: Clock) -> Columns:
@@ -174,6 +165,16 @@ def held(last: Columns, new: Columns, stage: Tensor, clock: Clock) -> Columns:
 def moves_by_law(layout: Layout, groups: tuple[str, ...], integrate: bool) -> bool:
     "Whether the laws of motion decide speeds: where speeds carry fighters and the level v3 says all that laws look at."
     return integrates(groups, integrate) and "fast_fall" in layout.float_fields
+
+# %% ../nbs/40_nextframe.ipynb #0032
+_TRIGGERS = [CONTROLS.index(n) for n in ("button_l", "button_r")]
+
+def _counters(last: Columns, new: Columns, controls: Tensor) -> Columns:
+    "The counters of the level v3: frames in the action, and since a trigger was pressed."
+    down, before = (controls[..., _TRIGGERS] > .5).any(-1), torch.maximum(last["button_l"], last["button_r"]) > .5     # (..., 2)
+    frames = torch.where(new["action_state"] == last["action_state"], last["action_frames"] + 1, 1.)
+    since = torch.where(down & ~before, 0., last["trigger_frames"] + 1)
+    return {"action_frames": frames.clamp(max=LONGEST_COUNT), "trigger_frames": since.clamp(max=LONGEST_COUNT)}
 
 def next_frame(
     last: Columns,                    # the last frame, game units, each (..., 2)
@@ -199,6 +200,7 @@ def next_frame(
     new["y"] = footing(last, new, stage.long())
     if moves_by_law(layout, heads, integrate): new |= held(last, new, stage.long(), clock)
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given" and not f.slot} | new
+    if "ground" in last: new["ground"] = ground_after(last, new, stage.long())
     living = prediction["action"][..., REBIRTH + 1:].argmax(-1) + REBIRTH + 1
     new = referee(last, new, living, stage.long(), clock)
     if "state_age" in last: new["state_age"] = next_age(last, new, clock, freezes)
@@ -207,7 +209,7 @@ def next_frame(
     new |= zip(CONTROLS, controls.unbind(-1))
     return {f.name: new[f.name] for f in layout.fields}
 
-# %% ../nbs/40_nextframe.ipynb #0031
+# %% ../nbs/40_nextframe.ipynb #0034
 def _returns(last: Frames, target: Frames, layout: Layout) -> Tensor:
     "Who comes back to life at a place the rules know, (..., 2) bool."
     i = layout.int_index("action_state")
@@ -262,7 +264,7 @@ def head_targets(
     targets = {n: v.masked_fill(ruled, 0) if HEADS[n].target == "delta" else v for n, v in targets.items()}
     return targets | (_item_targets(last, target, layout, item_motion) if "projectiles" in groups else {})
 
-# %% ../nbs/40_nextframe.ipynb #0033
+# %% ../nbs/40_nextframe.ipynb #0036
 def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     "The prediction that says exactly these targets: the numbers themselves, and logits of ±10 for bits and classes."
     def said(name, values):
@@ -270,7 +272,7 @@ def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
         return 20*values - 10 if HEADS[name].target == "logit" else values
     return {name: said(name, values) for name, values in targets.items()}
 
-# %% ../nbs/40_nextframe.ipynb #0044
+# %% ../nbs/40_nextframe.ipynb #0047
 def field_roles(layout: Layout, heads: tuple[str, ...]) -> dict[str, list[str]]:
     "What becomes of every field of the layout from frame to frame: predicted, ruled, carried or given."
     predicted = {f for name in head_names(heads) for f in HEADS[name].fields}
