@@ -440,7 +440,9 @@ def learn_grounds(now: Columns) -> Tensor:   # (33, 400) int8
     seen, standing = (np.bincount(keys, w, len(CHARACTERS)*ACTION_VOCAB).reshape(-1, ACTION_VOCAB) for w in (None, stands))
     def verdict(seen, standing): return np.where(standing >= .995*seen, GROUND, np.where(standing <= .005*seen, AIR, 0))*(seen >= LEAST_SEEN)
     shared = np.where(np.arange(ACTION_VOCAB) < FIRST_SPECIAL, verdict(seen.sum(0), standing.sum(0)), 0)
-    return torch.from_numpy(np.where(seen >= LEAST_SEEN, verdict(seen, standing), shared).astype(np.int8))
+    table = np.where(seen >= LEAST_SEEN, verdict(seen, standing), shared)
+    table[:, _HURT[0]:_HURT[1] + 1] = 0                                       # a blow may come anywhere
+    return torch.from_numpy(table.astype(np.int8))
 
 def learn_motion(games: Iterable[tuple[str, Game]]) -> Motion:
     "Numbers, animations and laws of games (MD5, game)."

@@ -23,10 +23,9 @@ LAST_DEAD, REBIRTH = 10, 12   # actions up to 10 die; 12 rides the halo down, 13
 def _within(action: Tensor, ends: tuple[int, int]) -> Tensor: return (action >= ends[0]) & (action <= ends[1])
 
 @cache
-def _habits(device: torch.device) -> tuple[Tensor, Tensor]:
-    "The learned tables of actions on a device: lengths and limits (`constants.Learned`)."
-    tables = load_tables()
-    with torch.inference_mode(False): return tuple(torch.from_numpy(t).to(device) for t in (tables.lengths, tables.limits))
+def _habits(device: torch.device) -> Tensor:
+    "The learned lengths of actions on a device (`constants.Learned`)."
+    with torch.inference_mode(False): return torch.from_numpy(load_tables().lengths).to(device)
 
 # %% ../nbs/38_rules.ipynb #0010
 _AGE_STEP = {0: (0, 1, 2, 178, 179, 182, 322, 323, 324), 3.01: (43,)}   # all others: 1 (measured on 36 real matches, as are the next two)
@@ -77,7 +76,7 @@ def next_age(last: Columns, new: Columns, clock: Clock, freezes: bool = True) ->
     action = new["action_state"]
     same, (usual, first, loop) = action == last["action_state"], rule_tables(action.device).ages[action].unbind(-1)
     if "character" in last:                                                   # who begins anew always after as many frames
-        takes = _habits(action.device)[0][last["character"], action, action]
+        takes = _habits(action.device)[last["character"], action, action]
         loop = torch.where((takes > 0) & (usual == 1), first + takes, loop)
     step = torch.where(clock.age_step.isnan(), usual, clock.age_step)
     if freezes: step = step.masked_fill((last["hitlag"] > .5) & (new["hitlag"] > .5), 0)
@@ -109,17 +108,14 @@ def jumps_after(last: Columns, new: Columns) -> Tensor:
     return torch.where(new["on_ground"] > .5, every, flying.clamp(min=0))
 
 def possible(last: Columns, logits: Tensor, clock: Clock) -> Tensor:
-    "Logits of actions, (..., 2, V), without what never happens at the level v3: a jump that nobody has left, a follower before or after its time, an action that should be over."
+    "Logits of actions, (..., 2, V), without what never happens at the level v3: a jump that nobody has left, a follower before or after its time."
     if "fast_fall" not in last: return logits
-    (lengths, limits), action, ids = _habits(logits.device), last["action_state"], torch.arange(logits.shape[-1], device=logits.device)
+    lengths, action, ids = _habits(logits.device), last["action_state"], torch.arange(logits.shape[-1], device=logits.device)
     spent = (last["jumps_left"] == 0) & (last["on_ground"] < .5) & ~_within(action, _AIR_JUMP)                   # (..., 2)
     stays, age = ids == action.unsqueeze(-1), clock.moving.unsqueeze(-1)
     takes = lengths[last["character"], action]                                                                  # (..., 2, V)
     early = (takes > 0) & (age > 0) & (takes != age) & ~stays
-    limit = limits[last["character"], action]
-    begins_anew = takes.gather(-1, action.unsqueeze(-1)).squeeze(-1) > 0                                        # like waiting, which starts over
-    over = (limit > 0) & (clock.moving >= limit) & ~begins_anew & (last["hitlag"] < 1.5)
-    never = early | stays & over.unsqueeze(-1) | spent.unsqueeze(-1) & _within(ids, _AIR_JUMP)
+    never = early | spent.unsqueeze(-1) & _within(ids, _AIR_JUMP)
     return torch.where(never.all(-1, keepdim=True), logits, logits.masked_fill(never, -torch.inf))
 
 def protected(new: Columns, clock: Clock) -> Tensor:
