@@ -276,7 +276,7 @@ def certain(targets: dict[str, Tensor]) -> dict[str, Tensor]:
 def field_roles(layout: Layout, heads: tuple[str, ...]) -> dict[str, list[str]]:
     "What becomes of every field of the layout from frame to frame: predicted, ruled, carried or given."
     predicted = {f for name in head_names(heads) for f in HEADS[name].fields}
-    ruled = {"stocks"} | {f.name for f in layout.fields if f.target == "rule"} | ({"invulnerable"} if "hurtbox_state" in predicted else set())
+    ruled = {"stocks", "ground"} | {f.name for f in layout.fields if f.target == "rule"} | ({"invulnerable"} if "hurtbox_state" in predicted else set())
     def role(f): return "given" if f.target == "given" else "ruled" if f.name in ruled else "predicted" if f.name in predicted else "carried"
     roles = {r: [f.name for f in layout.fields if role(f) == r] for r in ("predicted", "ruled", "carried", "given")}
     if layout.has_stage: roles["carried"].append(STAGE.name)
