@@ -9,6 +9,7 @@ __all__ = ['State', 'ARCHITECTURES', 'init_rates', 'BlockState', 'Mamba2Block', 
 # %% ../nbs/34_mamba2.ipynb #0002
 from .core import UserError
 import ctypes, math, sys, warnings
+from fastcore.basics import patch
 from functools import partial
 from typing import NamedTuple
 import torch
@@ -204,20 +205,22 @@ class FrameStackMamba2(nn.Module):
         "The memory after reading frames (B, T, ...), all at once."
         return self.trunk(frames, state, last=1, need_state=True)[1]
 
-    def step(self,
-        frame: Frames,       # (B, ...) one frame, without a time dimension
-        controls: Tensor,    # (B, C) of the frame after it
-        state: State,        # before `frame`
-        reuse: bool = False, # write the memory over `state`, which is then lost
-    ) -> tuple[Prediction, State]:   # (B, 1, 2, width) per head; state after `frame`
-        "Read one frame and predict the next."
-        hidden, after = self.dropout(self.frame_proj(self.encoder(frame))).to(self.norm.weight.dtype), []   # (B, D)
-        for layer, memory in zip(self.layers, state):
-            hidden, memory = layer.step(hidden, memory, reuse)
-            after.append(memory)
-        return self.predict(self.norm(hidden)[:, None], controls[:, None]), tuple(after)
+# %% ../nbs/34_mamba2.ipynb #0027
+@patch
+def step(self: FrameStackMamba2,
+    frame: Frames,       # (B, ...) one frame, without a time dimension
+    controls: Tensor,    # (B, C) of the frame after it
+    state: State,        # before `frame`
+    reuse: bool = False, # write the memory over `state`, which is then lost
+) -> tuple[Prediction, State]:   # (B, 1, 2, width) per head; state after `frame`
+    "Read one frame and predict the next."
+    hidden, after = self.dropout(self.frame_proj(self.encoder(frame))).to(self.norm.weight.dtype), []   # (B, D)
+    for layer, memory in zip(self.layers, state):
+        hidden, memory = layer.step(hidden, memory, reuse)
+        after.append(memory)
+    return self.predict(self.norm(hidden)[:, None], controls[:, None]), tuple(after)
 
-# %% ../nbs/34_mamba2.ipynb #0035
+# %% ../nbs/34_mamba2.ipynb #0037
 ARCHITECTURES = {"mlp": FrameStackMLP, "mamba2": FrameStackMamba2, "ego": EgoMLP}
 
 def build_model(config: Config) -> nn.Module:
@@ -228,7 +231,7 @@ def parameter_count(config: Config) -> int:
     "Number of parameters of `build_model(config)`, without allocating it."
     with torch.device("meta"): return sum(p.numel() for p in build_model(config).parameters())
 
-# %% ../nbs/34_mamba2.ipynb #0040
+# %% ../nbs/34_mamba2.ipynb #0042
 def load_weights(
     model: nn.Module,                 # from `build_model`
     weights: dict[str, Tensor],       # as `state_dict` gives them
@@ -245,7 +248,7 @@ def load_weights(
     model.load_state_dict(weights, strict=not absent)
     return absent
 
-# %% ../nbs/34_mamba2.ipynb #0045
+# %% ../nbs/34_mamba2.ipynb #0047
 def keep_memory() -> bool:
     "Let this process reuse the memory that it frees, and say whether it will: with glibc, for good; elsewhere nothing is changed."
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -13,8 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 from .encoding import LONGEST_COUNT, Frames, Layout
-from .rules import LAST_DEAD, REBIRTH, Clock, Columns, footing, ground_after, jumps_after, next_age, no_clock, possible, protected, referee, rule_tables, shielded
-from .motion import falls_free, held_in_place, load_motion, offered_ground, shifted, speeds_by_law, stands_by_law
+from .kinematics import Columns, shifted
+from .rules import LAST_DEAD, REBIRTH, Clock, footing, ground_after, jumps_after, next_age, no_clock, possible, protected, referee, rule_tables, shielded
+from .motion import falls_free, held_in_place, load_motion, offered_ground, speeds_by_law, stands_by_law
 
 # %% ../nbs/40_nextframe.ipynb #0007
 def speed_of(frame: Columns) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from melee_wm.config import load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import columns_of, layout_of
 from melee_wm.melee import ACTION_OF, ACTION_VOCAB
-from melee_wm.motion import ATTRIBUTES, MOTION, SPEEDS, TABLES_OF_LAWS, held_in_place, learn_motion, load_motion, place_row, save_motion, shifted, speeds_by_law, turned
+from melee_wm.kinematics import ATTRIBUTES, TABLES_OF_LAWS, shifted, turned
+from melee_wm.motion import MOTION, SPEEDS, held_in_place, learn_motion, load_motion, place_row, save_motion, speeds_by_law
 from melee_wm.nextframe import moves_by_law
 from melee_wm.practice import practice_match
 from melee_wm.rules import REBIRTH
