@@ -26,7 +26,7 @@ from .frame import Game
 from .parsed import fingerprint
 from .config import EncodingConfig
 from .encoding import EncodingRefused, check_encodable, columns_of, layout_of
-from .constants import FALL_TABLE, LEAST_SEEN
+from .constants import FALL_TABLE, LARGEST_STEP, LEAST_SEEN
 from .kinematics import ATTRIBUTES, HURT, KNOCKBACK, RISE, RUN_TAPER, TABLES_OF_LAWS, Columns, Situation, approach, centred, fade, own_speed, turned, within
 from .rules import REBIRTH, supported
 
@@ -353,9 +353,10 @@ def falls_free(motion: Motion, was: Columns, now: Columns) -> Tensor:
     "Who falls or rises by gravity alone, so that nothing but its speed moves it up or down."
     return (motion.laws[now["character"], was["action_state"]*ACTION_VOCAB + now["action_state"], 1] == list(RISE).index("fall")) & (now["on_ground"] < .5)
 
-def held_in_place(motion: Motion, now: Columns, stage: Tensor, age: Tensor) -> Columns:
-    "x and y of a new frame, (..., 2): of those whom a ledge or the other fighter holds, by the tables; of all others as they are."
+def held_in_place(motion: Motion, last: Columns, now: Columns, stage: Tensor, age: Tensor) -> Columns:
+    "x and y of a new frame, (..., 2): of those whom a ledge or the other fighter holds, by the tables, if it is within reach; of all others as they are."
     row, (x, y, way) = place_row(now, age), anchors(now, stage)
     out, up = motion.places[row.clamp(min=0)].unbind(-1)
-    holds = (row >= 0) & (out + x).isfinite() & (now["hitlag"] < .5)
-    return {"x": torch.where(holds, x + way*out, now["x"]), "y": torch.where(holds, y + up, now["y"])}
+    x, y = x + way*out, y + up
+    holds = (row >= 0) & (now["hitlag"] < .5) & (torch.hypot(x - last["x"], y - last["y"]) < LARGEST_STEP)       # false where unknown
+    return {"x": torch.where(holds, x, now["x"]), "y": torch.where(holds, y, now["y"])}

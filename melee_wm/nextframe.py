@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_DAMAGE', 'LEAST_DEFLECTION', 'LEAST_SHIFT', 'speed_of', 'displacement', 'head_names', 'integrates', 'choose',
-           'offered', 'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'held', 'moves_by_law',
+           'offered', 'propose', 'settle', 'items_in', 'persisting', 'next_items', 'moved', 'moves_by_law',
            'next_frame', 'items_of_frames', 'head_targets', 'certain', 'field_roles']
 
 # %% ../nbs/40_nextframe.ipynb #0002
@@ -148,20 +148,15 @@ def next_items(
 # %% ../nbs/40_nextframe.ipynb #0029
 LEAST_SHIFT = .1      # game units; of the moves that speeds do not explain, nine in ten are larger
 
-def moved(last: Columns, new: Columns, controls: Tensor, stage: Tensor, clock: Clock) -> Columns:
+def moved(last: Columns, new: Columns, controls: Tensor, stage: Tensor, age: Tensor) -> Columns:
     "A proposal of the level v3 with speeds by law, with the shifts of those who are hit, and without others that are smaller than any."
-    whole = last | new | dict(zip(CONTROLS, controls.unbind(-1)))
-    new["on_ground"] = whole["on_ground"] = stands_by_law(load_motion(stage.device), last, whole, stage)
-    ruled = speeds_by_law(load_motion(whole["x"].device), last, whole, next_age(last, whole, clock))
+    whole, motion = last | new | dict(zip(CONTROLS, controls.unbind(-1))), load_motion(stage.device)
+    new["on_ground"] = whole["on_ground"] = stands_by_law(motion, last, whole, stage)
+    ruled = speeds_by_law(motion, last, whole, age)
     hurt, *shifts = shifted(last, whole)
     small = {n: (new[n] - last[n]).abs() < LEAST_SHIFT for n in ("x", "y")}
-    free = {n: torch.where(small[n] | (falls_free(load_motion(stage.device), last, whole) if n == "y" else False), last[n], new[n]) for n in small}
+    free = {n: torch.where(small[n] | (falls_free(motion, last, whole) if n == "y" else False), last[n], new[n]) for n in small}
     return new | ruled | {n: torch.where(hurt, last[n] + shift, free[n]) for n, shift in zip(free, shifts)}
-
-def held(last: Columns, new: Columns, stage: Tensor, clock: Clock) -> Columns:
-    "Where ledges and hands put those whom they hold."
-    whole = last | new
-    return held_in_place(load_motion(stage.device), whole, stage, next_age(last, whole, clock))
 
 def moves_by_law(layout: Layout, groups: tuple[str, ...], integrate: bool) -> bool:
     "Whether the laws of motion decide speeds: where speeds carry fighters and the level v3 says all that laws look at."
@@ -195,11 +190,11 @@ def next_frame(
     if "hurtbox_state" in new:
         new["hurtbox_state"] = protected(new, clock)
         new["invulnerable"] = (new["hurtbox_state"] != 0).float()
-    freezes = "hitlag" in new
-    if moves_by_law(layout, heads, integrate): new = moved(last, new, controls, stage.long(), clock)
+    freezes, lawful = "hitlag" in new, moves_by_law(layout, heads, integrate)
+    if lawful: new = moved(last, new, controls, stage.long(), age := next_age(last, last | new, clock))
     if integrates(heads, integrate): new |= {n: new[n] + carried for n, carried in zip(("x", "y"), displacement(last, new))}
-    new["y"] = footing(last, new, stage.long())
-    if moves_by_law(layout, heads, integrate): new |= held(last, new, stage.long(), clock)
+    new["x"], new["y"] = footing(last, new, stage.long())
+    if lawful: new |= held_in_place(load_motion(stage.device), last, last | new, stage.long(), age)
     new = {f.name: last[f.name] for f in layout.fields if f.target != "given" and not f.slot} | new
     if "ground" in last: new["ground"] = ground_after(last, new, stage.long())
     living = prediction["action"][..., REBIRTH + 1:].argmax(-1) + REBIRTH + 1

@@ -21,9 +21,10 @@ from .constants import INVULNERABLE_FRAMES, MOVING_PARTS, SHIELD_DRAIN, SHIELD_R
 LAST_DEAD, REBIRTH = 10, 12   # actions up to 10 die; 12 rides the halo down, 13 waits on it (ACTIONS)
 
 @cache
-def _habits(device: torch.device) -> Tensor:
-    "The learned lengths of actions on a device (`constants.Learned`)."
-    with torch.inference_mode(False): return torch.from_numpy(load_tables().lengths).to(device)
+def _habits(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    "What actions always do, on a device: lengths, limits and transitions (`constants.Learned`)."
+    tables = load_tables()
+    with torch.inference_mode(False): return tuple(torch.from_numpy(t).to(device) for t in (tables.lengths, tables.limits, tables.transitions))
 
 # %% ../nbs/38_rules.ipynb #0010
 _AGE_STEP = {0: (0, 1, 2, 178, 179, 182, 322, 323, 324), 3.01: (43,)}   # all others: 1 (measured on 36 real matches, as are the next two)
@@ -74,7 +75,7 @@ def next_age(last: Columns, new: Columns, clock: Clock, freezes: bool = True) ->
     action = new["action_state"]
     same, (usual, first, loop) = action == last["action_state"], rule_tables(action.device).ages[action].unbind(-1)
     if "character" in last:                                                   # who begins anew always after as many frames
-        takes = _habits(action.device)[last["character"], action, action]
+        takes = _habits(action.device)[0][last["character"], action, action]
         loop = torch.where((takes > 0) & (usual == 1), first + takes, loop)
     step = torch.where(clock.age_step.isnan(), usual, clock.age_step)
     if freezes: step = step.masked_fill((last["hitlag"] > .5) & (new["hitlag"] > .5), 0)
@@ -93,6 +94,7 @@ def shielded(last: Columns, new: Columns) -> Tensor:
     unused = ~before & ~after & (change.abs() < 1)               # a broken shield comes back by more
     if "character" in last: unused &= last["character"] != _YOSHI
     by_rule = torch.where(unused, SHIELD_REGROWTH, torch.where(before & after & ((change + SHIELD_DRAIN).abs() < .06), -SHIELD_DRAIN, change))
+    if "fast_fall" in last: by_rule = torch.where(before & after & (torch.maximum(last["hitlag"], new["hitlag"]) < .5), by_rule.clamp(-SHIELD_DRAIN, 0), by_rule)   # not hit
     return (last["shield"] + by_rule).clamp(0, 60)
 
 def jumps_after(last: Columns, new: Columns) -> Tensor:
@@ -106,14 +108,16 @@ def jumps_after(last: Columns, new: Columns) -> Tensor:
     return torch.where(new["on_ground"] > .5, every, flying.clamp(min=0))
 
 def possible(last: Columns, logits: Tensor, clock: Clock) -> Tensor:
-    "Logits of actions, (..., 2, V), without what never happens at the level v3: a jump that nobody has left, a follower before or after its time."
+    "Logits of actions, (..., 2, V), without what never happens at the level v3: a jump that nobody has left, a follower that never follows or not yet, an action that should be over."
     if "fast_fall" not in last: return logits
-    lengths, action, ids = _habits(logits.device), last["action_state"], torch.arange(logits.shape[-1], device=logits.device)
+    (lengths, limits, follows), action, ids = _habits(logits.device), last["action_state"], torch.arange(logits.shape[-1], device=logits.device)
     spent = (last["jumps_left"] == 0) & (last["on_ground"] < .5) & ~within(action, _AIR_JUMP)                   # (..., 2)
     stays, age = ids == action.unsqueeze(-1), clock.moving.unsqueeze(-1)
     takes = lengths[last["character"], action]                                                                  # (..., 2, V)
     early = (takes > 0) & (age > 0) & (takes != age) & ~stays
-    never = early | spent.unsqueeze(-1) & within(ids, _AIR_JUMP)
+    limit, round_and_round = limits[last["character"], action], takes.gather(-1, action.unsqueeze(-1)).squeeze(-1) > 0
+    over = (limit > 0) & (clock.moving >= limit) & ~round_and_round & (last["hitlag"] < 1.5)
+    never = early | stays & over.unsqueeze(-1) | ~follows[action] & ~stays | spent.unsqueeze(-1) & within(ids, _AIR_JUMP)
     return torch.where(never.all(-1, keepdim=True), logits, logits.masked_fill(never, -torch.inf))
 
 def protected(new: Columns, clock: Clock) -> Tensor:
@@ -190,6 +194,7 @@ LANDING = 6.                    # game units within which one who is said to sta
 SUNK = 8.                       # game units below the floor to which no fall from above goes
 
 EDGE = 1.5                      # game units beyond an edge at which nobody stands any more
+ON_IT = .5                      # game units within which feet are on a piece of the stage
 
 def supported(frame: Columns, stage: Tensor) -> Tensor:
     "Whether there is something to stand on under or just below each fighter, (..., 2): for one in the air, as far as it falls in a frame. True on unknown stages."
@@ -204,22 +209,33 @@ def supported(frame: Columns, stage: Tensor) -> Tensor:
     known = tables.zone[stage].isfinite().all(-1, keepdim=True)
     return under.any(-1) | (x.abs() >= near) & (x.abs() < far) & (y > low) & (y < high) | ~known
 
-def footing(last: Columns, new: Columns, stage: Tensor) -> Tensor:
-    "The height of each fighter, (..., 2), with feet on the surface and not through the floor; `stage` (...)."
+def _past(over: Tensor, x: Tensor, new_x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    "How far fighters would go past the edge of what they stood on, (..., 2), and where it ends; 0 and `new_x` without a surface underfoot."
+    stood = (over.abs() < ON_IT) & (x > left - EDGE) & (x < right + EDGE)                                        # (..., 2, surfaces)
+    reach = torch.where(stood, torch.maximum(left - new_x, new_x - right).clamp(min=0), torch.inf)
+    past, piece = reach.min(-1)
+    edge = torch.maximum(torch.minimum(new_x, right), left).gather(-1, piece.unsqueeze(-1)).squeeze(-1)
+    return torch.where(past.isfinite(), past, 0.), torch.where(past.isfinite(), edge, new_x.squeeze(-1))
+
+def footing(last: Columns, new: Columns, stage: Tensor) -> tuple[Tensor, Tensor]:
+    "x and y of each fighter, (..., 2), with feet on the surface, not past its edge and not through the floor; `stage` (...)."
     tables = rule_tables(stage.device)
     left, right, height, slope, floor = tables.segments[stage].unsqueeze(-3).unbind(-1)                          # (..., 1, surfaces)
     def above(frame): return frame["y"].unsqueeze(-1) - torch.addcmul(height, slope, frame["x"].unsqueeze(-1))    # (..., 2, surfaces)
-    x, over, action = new["x"].unsqueeze(-1), above(new), new["action_state"]
+    stands, feet = new["on_ground"] > .5, tables.footed[new["action_state"]]
+    x, over = new["x"].unsqueeze(-1), above(new)
+    nowhere = ~((x >= left) & (x <= right) & (over.abs() < LANDING)).any(-1)
+    past, edge = _past(above(last), last["x"].unsqueeze(-1), x, left, right)
+    new = new | {"x": torch.where(stands & nowhere & (past < LANDING) & (feet > .5), edge, new["x"])}
+    x, over = new["x"].unsqueeze(-1), above(new)
     beside = (x < left) | (x > right)
     off, nearest = over.abs().masked_fill(beside, torch.inf).min(-1)
-    lift = torch.where((off < LANDING) & (new["on_ground"] > .5), over.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), 0.)
+    lift = torch.where((off < LANDING) & stands, over.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), 0.)
     through = (over < -SUNK) & (floor > .5) & ~beside
-    if not stage.is_cpu or through.any(): lift = torch.where((through & (above(last) >= -SUNK)).any(-1), torch.where(through, over, 0.).amin(-1), lift)
-    return new["y"] - lift*tables.footed[action]
+    if not stage.is_cpu or torch.compiler.is_exporting() or through.any(): lift = torch.where((through & (above(last) >= -SUNK)).any(-1), torch.where(through, over, 0.).amin(-1), lift)
+    return new["x"], new["y"] - lift*feet
 
 # %% ../nbs/38_rules.ipynb #0028
-ON_IT = .5      # game units within which feet are on a piece of the stage
-
 def ground_after(last: Columns, new: Columns, stage: Tensor) -> Tensor:
     "Surface class (`melee.surface_of`) that each fighter touches or touched last, (..., 2)."
     left, right, height, slope, surface = rule_tables(stage.device).pieces[stage].unsqueeze(-3).unbind(-1)       # (..., 1, pieces)
@@ -297,7 +313,7 @@ def referee(
 ) -> Columns:
     "The new frame after death, waiting, return and blast zones; `state_age` is not touched."
     if "stocks" in new: new = new | {"stocks": last["stocks"].clamp(0, 4)}
-    if stage.is_cpu and uneventful(last, new, stage): return new
+    if stage.is_cpu and not torch.compiler.is_exporting() and uneventful(last, new, stage): return new
     tables = rule_tables(stage.device)
     zone, place = tables.zone[stage], tables.rebirth[stage.unsqueeze(-1), clock.port]                     # (..., 4), (..., 2, 4)
     (left, right, top, bottom), (px, py, sinks, facing) = zone.unsqueeze(-2).unbind(-1), place.unbind(-1)
@@ -310,6 +326,7 @@ def referee(
     frame["y"] = torch.where(held, sunk, torch.where(back, py, new["y"].clamp(bottom, top)))
     frame["facing"] = torch.where(back, facing, frame["facing"])
     if "speed_y" in frame: frame["speed_y"] = torch.where(back, sinks, frame["speed_y"])
+    if "fast_fall" in frame: frame["speed_y"] = torch.where((new["y"] > top) & ~held, frame["speed_y"].clamp(max=0), frame["speed_y"])   # nobody rises any more
     lost = fate.dies & (action < 4) | (clock.in_action == tables.stock_frames[last["action_state"]])       # whoever flies up is paid for later
     if "stocks" in frame: frame["stocks"] = (last["stocks"] - lost.float()).clamp(0, 4)
     return frame

@@ -53,7 +53,7 @@ def test_places_and_shifts_of_matches_they_never_saw(held_out):
         was, now, _ = steps(game)
         stage = torch.full(now["x"].shape[:1], game.stage)
         known = (place_row(now, now["state_age"]) >= 0) & motion.places[place_row(now, now["state_age"]).clamp(min=0), 0].isfinite() & (now["hitlag"] < .5)
-        put = held_in_place(motion, now | {n: now[n] + 5*known for n in ("x", "y")}, stage, now["state_age"])
+        put = held_in_place(motion, was, now | {n: now[n] + 5*known for n in ("x", "y")}, stage, now["state_age"])
         grabbed = now["action_state"] < ACTION_OF["CliffCatch"]
         held.append(torch.hypot(put["x"] - now["x"] - 5*(known & grabbed).flip(-1), put["y"] - now["y"] - 5*(known & grabbed).flip(-1))[known])
         hurt, x, y = shifted(was, now)
