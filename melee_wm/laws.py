@@ -256,7 +256,8 @@ def lasts_as_long_as_always(was, now, place):
 def ends_in_time(was, now, place):
     "an action of limited length ends"
     limit = place.tables.limits[was["character"], was["action_state"]]
-    return (limit > 0) & (was["age"] == limit), ~now["begins"] & (now["age"] > limit), limit, now["age"]
+    waits = (was["stocks"] == 0) & (was["action_state"] <= LAST_DEAD) if "stocks" in was else False   # who is out stays down
+    return (limit > 0) & (was["age"] == limit) & ~np.asarray(waits), ~now["begins"] & (now["age"] > limit), limit, now["age"]
 
 # %% ../nbs/45_laws.ipynb #0022
 HARD = tuple(name for name, r in RULES.items() if r.hard)

@@ -186,13 +186,14 @@ def _told(self: World, encoded: Frames, controls: Tensor, following: Tensor | No
 
 @patch
 def _drawn(self: World, window: Frames, told: Tensor) -> dict[str, Tensor]:
-    "The prediction of a model whose other heads hear the action: chosen first among what is possible, and said for certain."
+    "The prediction of a model whose other heads hear the action: chosen first among what is possible, and then ahead of all others."
     drawn = []
     def draw(logits):
         drawn.append(choose(offered(self._state.frame, logits[:, 0], window.stage[:, -1].long(), self._state.clock)[:, None], False, self.sample, self.generator))
         return drawn[0]
     prediction = self.model(window, told, draw)
-    return prediction | certain({"action": drawn[0]})
+    width = prediction["action"].shape[-1]
+    return prediction | {"action": prediction["action"] + 1000.*torch.nn.functional.one_hot(drawn[0], width)}
 
 @patch
 @torch.inference_mode()
