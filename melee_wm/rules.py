@@ -94,7 +94,7 @@ def shielded(last: Columns, new: Columns) -> Tensor:
     unused = ~before & ~after & (change.abs() < 1)               # a broken shield comes back by more
     if "character" in last: unused &= last["character"] != _YOSHI
     by_rule = torch.where(unused, SHIELD_REGROWTH, torch.where(before & after & ((change + SHIELD_DRAIN).abs() < .06), -SHIELD_DRAIN, change))
-    if "fast_fall" in last: by_rule = torch.where(before & after & (torch.maximum(last["hitlag"], new["hitlag"]) < .5), by_rule.clamp(-SHIELD_DRAIN, 0), by_rule)   # not hit
+    if "fast_fall" in last: by_rule = torch.where(before & after & (torch.maximum(last["hitlag"], new["hitlag"]) < .5), by_rule.clamp(-SHIELD_DRAIN, 0.), by_rule)   # not hit
     return (last["shield"] + by_rule).clamp(0, 60)
 
 def jumps_after(last: Columns, new: Columns) -> Tensor:
