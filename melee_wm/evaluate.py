@@ -213,6 +213,8 @@ def _answers(model: nn.Module, data: Games, batch_size: int, max_windows: int | 
             late = Batch(take(batch.frames, (slice(None), slice(skip, None))), batch.controls[:, skip:], take(batch.target, (slice(None), slice(skip, None))))
             yield late, model.predict(hidden[:, skip:], late.controls), np.arange(row + skip, row + T)[None]
 
+_PAST = {"action_state": np.int64, "state_age": np.float32, "hitlag": np.float32}   # what the clock of the rules looks back on
+
 def teacher_forced(
     model: nn.Module,
     games: list[tuple[str, Game]],
@@ -224,7 +226,7 @@ def teacher_forced(
 ) -> dict:
     "Losses and metrics of the one-step prediction from true frames, and what doing nothing scores."
     config, layout, data = model.config, model.layout, from_games(games, model.layout).to(device)
-    past = {"action_state": np.concatenate([game["action_state"] for _, game in games]).astype(np.int64)}   # to know how long the dead are dead
+    past = {n: np.concatenate([game[n] for _, game in games]).astype(kind) for n, kind in _PAST.items() if all(n in game for _, game in games)}
     ports, offsets, count = np.array([game.ports for _, game in games]), data.offsets.cpu().numpy(), 0
     sums, losses = defaultdict(lambda: (0, 0)), defaultdict(float)
     with torch.inference_mode():

@@ -326,10 +326,10 @@ def referee(
     for ids in (False, True): frame |= pass_on(last, new, fate, held | fate.dies, ids)
     back, sunk = fate.returns & (right < torch.inf), torch.where(fate.rides, last["y"] + last.get("speed_y", sinks), last["y"])
     frame["x"] = torch.where(held, last["x"], torch.where(back, px, new["x"].clamp(left, right)))
-    frame["y"] = torch.where(held, sunk, torch.where(back, py, new["y"].clamp(bottom, top)))
+    ceiling = torch.full_like(top, torch.inf) if "fast_fall" in new else top                              # the level v3 has gravity to bring them back
+    frame["y"] = torch.where(held, sunk, torch.where(back, py, new["y"].clamp(bottom, ceiling)))
     frame["facing"] = torch.where(back, facing, frame["facing"])
     if "speed_y" in frame: frame["speed_y"] = torch.where(back, sinks, frame["speed_y"])
-    if "fast_fall" in frame: frame["speed_y"] = torch.where((new["y"] > top) & ~held, frame["speed_y"].clamp(max=0), frame["speed_y"])   # nobody rises any more
     lost = fate.dies & (action < 4) | (clock.in_action == tables.stock_frames[last["action_state"]])       # whoever flies up is paid for later
     if "stocks" in frame: frame["stocks"] = (last["stocks"] - lost.float()).clamp(0, 4)
     return frame
