@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HeadGroup', 'ModelConfig', 'LossWeights', 'EXPERIMENTS', 'EncodingConfig', 'MLPConfig', 'Mamba2Config', 'EgoConfig',
-           'DataConfig', 'KillConfig', 'ScheduledSampling', 'SelfForcing', 'TrainingConfig', 'EvaluationConfig',
-           'Config', 'experiment_names', 'load_config', 'make_config', 'to_dict', 'flatten', 'config_hash', 'diff']
+           'PolicyMLPConfig', 'PolicyMamba2Config', 'DataConfig', 'KillConfig', 'ScheduledSampling', 'SelfForcing',
+           'TrainingConfig', 'EvaluationConfig', 'Config', 'experiment_names', 'load_config', 'make_config', 'to_dict',
+           'flatten', 'config_hash', 'diff']
 
 # %% ../nbs/21_config.ipynb #0002
 import difflib, hashlib, json
@@ -90,15 +91,61 @@ class EgoConfig(_Model):
         if self.two_hot: raise ValueError("two_hot: not with arch: ego, whose numbers are mirrored; choose mlp or mamba2")
         return self
 
-ModelConfig = Annotated[Union[MLPConfig, Mamba2Config, EgoConfig], Field(discriminator="arch")]
-
 # %% ../nbs/21_config.ipynb #0009
+class _Policy(_Strict):
+    context_len: int = Field(16, ge=1, le=256)     # K, frames of context
+    dropout: float = Field(0.0, ge=0, lt=1)
+    sticks: Literal["classes", "regression"] = "classes"   # sticks and shoulder as places on the game's grid, or as numbers
+    delay: int = Field(0, ge=0, le=60)             # frames by which it sees the match late; its own hands it always knows
+    action_dim: int = Field(32, ge=1)              # embedding of an action
+    moments: int = Field(2**13, ge=1)              # rows of the table of (character, action, age), hashed
+    moment_dim: int = Field(16, ge=1)
+
+class PolicyMLPConfig(_Policy):
+    "PolicyMLP: some looks at the match and K frames of controllers through residual blocks."
+    arch: Literal["policy-mlp"] = "policy-mlp"
+    looks: tuple[Annotated[int, Field(ge=0)], ...] = (0, 5, 15)   # how many frames back each look at the whole match lies; of the other frames it sees the controllers
+    width: int = Field(256, ge=8)
+    blocks: int = Field(2, ge=1)
+
+    @property
+    def size(self) -> str: return f"{self.blocks} blocks of width {self.width}"
+
+    @model_validator(mode="after")
+    def _inside(self):
+        if not self.looks or max(self.looks) >= self.context_len: raise ValueError(f"looks: at least one, each below context_len {self.context_len}; got {list(self.looks)}")
+        return self
+
+class PolicyMamba2Config(_Policy):
+    "PolicyMamba2: K frames as a sequence; letters as in the Mamba-2 paper."
+    arch: Literal["policy-mamba2"] = "policy-mamba2"
+    d_model: int = Field(128, ge=1)
+    n_layers: int = Field(2, ge=1)
+    d_state: int = Field(32, ge=1)
+    headdim: int = Field(64, ge=1)
+    expand: int = Field(2, ge=1)
+    d_conv: int = Field(4, ge=1)
+
+    @property
+    def size(self) -> str: return f"{self.n_layers} layers of width {self.d_model}"
+    @property
+    def chunk_size(self) -> int: return self.context_len
+
+    @model_validator(mode="after")
+    def _sensible(self):
+        if self.expand*self.d_model % self.headdim: raise ValueError(f"headdim must divide expand*d_model; got {self.headdim} and {self.expand*self.d_model}")
+        return self
+
+ModelConfig = Annotated[Union[MLPConfig, Mamba2Config, EgoConfig, PolicyMLPConfig, PolicyMamba2Config], Field(discriminator="arch")]
+
+# %% ../nbs/21_config.ipynb #0011
 class DataConfig(_Strict):
     "Which games are trained on."
     max_games: int | None = Field(None, ge=1)      # the first so many by MD5, after the held-out ones are gone
     split: float = Field(0.9, gt=0, lt=1)          # share of games for training; split by game, never by frame
     holdout: str | None = None                     # file of MD5s, one a line, that are never trained on
     buffer_size: int | None = Field(None, ge=1)    # games in memory together, streamed from a parsed dataset; None: all
+    predict_player: Literal[0, 1, "both"] = "both" # whose controllers a policy learns
 
 LossWeights = type("LossWeights", (_Strict,), {"__doc__": "The weight of each head's loss.", "__annotations__": {name: float for name in HEADS},
     **dict(continuous=1.0, velocity=0.5, dynamics=0.5, binary=0.5, action=2.0, jumps=0.5, l_cancel=0.3, hurtbox=0.3, ground=0.3, last_attack=0.3,
@@ -111,7 +158,7 @@ class KillConfig(_Strict):
     epoch_hours: float | None = Field(None, gt=0)  # an epoch longer than this
     floors: dict[str, float] = {}                  # metric -> least value after epoch 1 (errors: greatest), e.g. val_metric/action_change_acc: 0.6
 
-# %% ../nbs/21_config.ipynb #0011
+# %% ../nbs/21_config.ipynb #0013
 class ScheduledSampling(_Strict):
     "Noise in the last frames of what the model sees; never in percent, stocks, hitlag, combo or ids."
     rate: float = Field(0.3, ge=0, le=1)           # share of the windows, once annealed
@@ -163,7 +210,7 @@ class EvaluationConfig(_Strict):
     max_games: int | None = Field(200, ge=1)       # of a run's held-out games, the first so many by MD5: bounds time and memory
     bootstrap: int = Field(1000, ge=1)             # resamples of games for the interval
 
-# %% ../nbs/21_config.ipynb #0013
+# %% ../nbs/21_config.ipynb #0015
 class Config(_Strict):
     "One experiment."
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -174,8 +221,15 @@ class Config(_Strict):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @property
+    def plays(self) -> bool:
+        "Whether the model is a policy, which answers with a controller, and not a world model, which answers with a frame."
+        return isinstance(self.model, _Policy)
+
     @model_validator(mode="after")
     def _sensible(self):
+        if self.training.sequence_len and self.model.arch != "mamba2": raise ValueError(f"training.sequence_len needs a model with a memory, model.arch: mamba2; got {self.model.arch}")
+        if self.plays: return self
         if ("projectiles" in self.model.heads) != (self.encoding.projectiles > 0):
             raise ValueError(f"heads: projectiles and encoding.projectiles above 0, both or neither: what is seen of items must be predicted; got heads {', '.join(self.model.heads)} and projectiles: {self.encoding.projectiles}")
         seen = {f.name for f in fields_of(self.encoding.fields)}
@@ -187,11 +241,10 @@ class Config(_Strict):
         for key, names in (("model.two_hot", self.model.two_hot), ("training.float_losses", self.training.float_losses)):
             if unknown := set(names) - numbers: raise ValueError(f"{key}: {sorted(unknown)[0]} is not a number that the heads predict: {', '.join(sorted(numbers))}")
         if self.training.sequence_len and self.training.symmetries: raise ValueError("training.symmetries: windows only, because a memory would have to be mirrored too; leave out training.sequence_len")
-        if self.training.sequence_len and self.model.arch != "mamba2": raise ValueError(f"training.sequence_len needs a model with a memory, model.arch: mamba2; got {self.model.arch}")
         return self
 
-# %% ../nbs/21_config.ipynb #0015
-_SECTIONS = {"mlp": MLPConfig, "mamba2": Mamba2Config, "ego": EgoConfig}
+# %% ../nbs/21_config.ipynb #0017
+_SECTIONS = {"mlp": MLPConfig, "mamba2": Mamba2Config, "ego": EgoConfig, "policy-mlp": PolicyMLPConfig, "policy-mamba2": PolicyMamba2Config}
 
 def _known_keys(loc) -> list[str]:
     "The keys that would have been allowed where `loc` (a pydantic error location) points."
@@ -212,12 +265,12 @@ def _user_error(error: ValidationError, where) -> UserError:
     got = None if first["type"] == "value_error" else repr(first["input"])
     return UserError("bad value", f"{where}: {path or 'experiment'}", expected=first["msg"].removeprefix("Value error, "), got=got)
 
-# %% ../nbs/21_config.ipynb #0017
+# %% ../nbs/21_config.ipynb #0019
 EXPERIMENTS = Path(__file__).parent/"experiments" if "__file__" in globals() else Path("../melee_wm/experiments")
 
-def experiment_names() -> list[str]:
-    "Names of the experiments shipped with the package."
-    return sorted(p.stem for p in EXPERIMENTS.glob("*.yaml"))
+def experiment_names(plays: bool = False) -> list[str]:
+    "Names of the experiments shipped with the package: those of world models, or those of policies."
+    return sorted(p.stem for p in EXPERIMENTS.glob("*.yaml") if str(_read(p).get("model", {}).get("arch", "")).startswith("policy") == plays)
 
 def _merge(base: dict, over: dict) -> dict:
     return {**base, **{k: _merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
@@ -226,8 +279,9 @@ def _find(name: str | Path, beside: Path | None = None) -> Path:
     beside = beside or Path.cwd()
     for path in [beside/name, beside/f"{name}.yaml", EXPERIMENTS/f"{name}.yaml"]:
         if path.suffix in (".yaml", ".yml") and path.is_file(): return path
-    near = difflib.get_close_matches(str(name), experiment_names(), 1, 0.4)
-    raise UserError("no such experiment", name, expected="a YAML file or one of " + ", ".join(experiment_names()), do=f"did you mean {near[0]}?" if near else None)
+    known = experiment_names() + experiment_names(plays=True)
+    near = difflib.get_close_matches(str(name), known, 1, 0.4)
+    raise UserError("no such experiment", name, expected="a YAML file or one of " + ", ".join(known), do=f"did you mean {near[0]}?" if near else None)
 
 def _read(path: Path, seen: tuple = ()) -> dict:
     if path.resolve() in seen: raise UserError("experiments that are each other's base", " -> ".join(p.name for p in (*seen, path.resolve())))
@@ -263,7 +317,7 @@ def to_dict(config: Config) -> dict:
     "The whole configuration as plain JSON values; `make_config` reads it back."
     return config.model_dump(mode="json")
 
-# %% ../nbs/21_config.ipynb #0021
+# %% ../nbs/21_config.ipynb #0023
 def flatten(value, prefix: str = "") -> dict:
     "Nested mapping as `{'section.key': value}`."
     if not isinstance(value, dict) or not value: return {prefix: value}
@@ -273,7 +327,7 @@ _NOT_HASHED = ("name", "description", "evaluation", "data.holdout", "training.lo
 
 _WITHOUT_ITEMS = ("encoding.projectiles", "training.loss_weights.item_")
 
-_CAME_LATER = ("model.two_hot", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend", "training.hit_weight",
+_CAME_LATER = ("model.two_hot", "data.predict_player", "training.loss_weights.timers", "training.loss_weights.flags", "training.sequence_len", "training.forget", "training.accumulate", "training.precision", "training.recompute", "training.float_losses", "training.huber_bend", "training.hit_weight",
     "training.action_change_weight", "training.unimix", "training.context_noise", "training.symmetries", "training.scheduled_sampling", "training.self_forcing")   # silent at their defaults
 
 def config_hash(config: Config) -> str:

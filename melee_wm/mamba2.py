@@ -224,7 +224,8 @@ def step(self: FrameStackMamba2,
 ARCHITECTURES = {"mlp": FrameStackMLP, "mamba2": FrameStackMamba2, "ego": EgoMLP}
 
 def build_model(config: Config) -> nn.Module:
-    "A fresh world model: `forward(frames, controls)`, with `.config`, `.layout`, `.context_len` and `.heads`."
+    "A fresh world model: `forward(frames, controls)`, with `.config`, `.layout`, `.context_len` and `.heads`. Raises `UserError` for a fighter's experiment."
+    if config.plays: raise UserError("not a world model", f"experiment {config.name}", expected=f"model.arch: {' or '.join(ARCHITECTURES)}", got=f"{config.model.arch}, a fighter", do="see melee-wm policy --help")
     return ARCHITECTURES[config.model.arch](config)
 
 def parameter_count(config: Config) -> int:
