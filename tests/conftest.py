@@ -48,3 +48,4 @@ def pytest_addoption(parser):
     parser.addoption("--mutations", type=int, default=40, help="how many damaged replays tests/test_fuzz.py makes (in full: 1000)")
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills training processes (in full: 20)")
     parser.addoption("--fuzz-seconds", type=float, default=4, help="how long tests/test_play.py sends rubbish to a server (in full: 60)")
+    parser.addoption("--static-frames", type=int, default=120, help="how many frames tests/test_static.py compares with PyTorch in Chromium (in full: 600)")

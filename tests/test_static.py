@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,19 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 from melee_wm.checkpoint import load_model
-from melee_wm.core import UserError
+from melee_wm.core import UserError, json_safe
 from melee_wm.export import made_rollout, read_rollout, rollout_json
 from melee_wm.fields import BY_NAME, CONTROLS
 from melee_wm.match import Random
-from melee_wm.static import TOLERANCE, Step, beginning, columns_in, differences, example, export_page
+from melee_wm.static import (
+    TOLERANCE,
+    Step,
+    beginning,
+    columns_in,
+    differences,
+    example,
+    export_page,
+)
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -123,7 +132,7 @@ def torch_match(count, stage=31):
 def test_same_numbers_as_pytorch(page, pytestconfig):
     count = pytestconfig.getoption("--static-frames", 120)
     fields, frames, clocks, controls = torch_match(count)
-    clock_list = [None if v != v else v for v in clocks.flatten().tolist()]
+    clock_list = json_safe(clocks.flatten())
     got = page.evaluate(RUN, dict(frames=frames.flatten().tolist(), clocks=clock_list, controls=controls.flatten().tolist(), stage=31, count=count))
     shape = (count, 2, len(fields))
     truth, forced, free = frames[-count:], torch.tensor(got["forced"]).view(shape), torch.tensor(got["free"]).view(shape)
@@ -216,4 +225,4 @@ def test_the_page_plays(page):
     page.wait_for_function(f"window.melee.info().frame < {frame}")
     with page.expect_download() as kept:
         page.click("#download-json")
-    assert json.loads(open(kept.value.path()).read())["schema"] == "melee-wm-rollout/1"
+    assert json.loads(Path(kept.value.path()).read_text())["schema"] == "melee-wm-rollout/1"
