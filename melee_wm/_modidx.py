@@ -1187,6 +1187,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'melee_wm.rules.Fate': ('rules.html#fate', 'melee_wm/rules.py'),
                                 'melee_wm.rules.RuleTables': ('rules.html#ruletables', 'melee_wm/rules.py'),
                                 'melee_wm.rules._habits': ('rules.html#_habits', 'melee_wm/rules.py'),
+                                'melee_wm.rules._may_be': ('rules.html#_may_be', 'melee_wm/rules.py'),
                                 'melee_wm.rules._passages': ('rules.html#_passages', 'melee_wm/rules.py'),
                                 'melee_wm.rules._past': ('rules.html#_past', 'melee_wm/rules.py'),
                                 'melee_wm.rules.dying': ('rules.html#dying', 'melee_wm/rules.py'),

@@ -210,6 +210,10 @@ def supported(frame: Columns, stage: Tensor) -> Tensor:
     known = tables.zone[stage].isfinite().all(-1, keepdim=True)
     return under.any(-1) | (x.abs() >= near) & (x.abs() < far) & (y > low) & (y < high) | ~known
 
+def _may_be(case: Tensor) -> bool:
+    "Whether a case may be among these: on a CPU we look, elsewhere looking costs more than assuming it."
+    return not case.is_cpu or torch.compiler.is_exporting() or bool(case.any())
+
 def _past(over: Tensor, x: Tensor, new_x: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     "How far fighters would go past the edge of what they stood on, (..., 2), and where it ends; 0 and `new_x` without a surface underfoot."
     stood = (over.abs() < ON_IT) & (x > left - EDGE) & (x < right + EDGE)                                        # (..., 2, surfaces)
@@ -225,17 +229,17 @@ def footing(last: Columns, new: Columns, stage: Tensor) -> tuple[Tensor, Tensor]
     def above(frame): return frame["y"].unsqueeze(-1) - torch.addcmul(height, slope, frame["x"].unsqueeze(-1))    # (..., 2, surfaces)
     stands, feet = new["on_ground"] > .5, tables.footed[new["action_state"]]
     x, over = new["x"].unsqueeze(-1), above(new)
-    nowhere = ~((x >= left) & (x <= right) & (over.abs() < LANDING)).any(-1)
-    past, edge = _past(above(last), last["x"].unsqueeze(-1), x, left, right)
-    new = new | {"x": torch.where(stands & nowhere & (past < LANDING) & (feet > .5), edge, new["x"])}
-    x, over = new["x"].unsqueeze(-1), above(new)
     beside = (x < left) | (x > right)
+    if _may_be(off_it := stands & (beside | (over.abs() >= LANDING)).all(-1)):
+        past, edge = _past(above(last), last["x"].unsqueeze(-1), x, left, right)
+        new = new | {"x": torch.where(off_it & (past < LANDING) & (feet > .5), edge, new["x"])}
+        x, over = new["x"].unsqueeze(-1), above(new)
+        beside = (x < left) | (x > right)
     off, nearest = over.abs().masked_fill(beside, torch.inf).min(-1)
     lift = torch.where((off < LANDING) & stands, over.gather(-1, nearest.unsqueeze(-1)).squeeze(-1), 0.)
-    sunk = torch.where((over <= -LANDING) & (over > -INSIDE) & (floor > .5) & ~beside, over, 0.).amin(-1)
-    lift = torch.where((off >= LANDING) & stands, sunk, lift)
+    if _may_be(deep := (off >= LANDING) & stands): lift = torch.where(deep, torch.where((over <= -LANDING) & (over > -INSIDE) & (floor > .5) & ~beside, over, 0.).amin(-1), lift)
     through = (over < -SUNK) & (floor > .5) & ~beside
-    if not stage.is_cpu or torch.compiler.is_exporting() or through.any(): lift = torch.where((through & (above(last) >= -SUNK)).any(-1), torch.where(through, over, 0.).amin(-1), lift)
+    if _may_be(through): lift = torch.where((through & (above(last) >= -SUNK)).any(-1), torch.where(through, over, 0.).amin(-1), lift)
     return new["x"], new["y"] - lift*feet
 
 # %% ../nbs/38_rules.ipynb #0028
