@@ -105,6 +105,7 @@ def jumps_after(last: Columns, new: Columns) -> Tensor:
     leaves = (last["on_ground"] > .5) | (action == ACTION_OF["CliffCatch"])
     begins = within(action, _AIR_JUMP) & (action != last["action_state"])
     flying = torch.where(leaves, every - 1, torch.where(begins, count, torch.minimum(count, new["jumps_left"]))) - begins.to(count.dtype)
+    flying = flying.masked_fill(begins & (every == 2), 0)
     return torch.where(new["on_ground"] > .5, every, flying.clamp(min=0))
 
 def possible(last: Columns, logits: Tensor, clock: Clock) -> Tensor:
