@@ -11,6 +11,7 @@ from functools import cache
 from typing import Callable
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from .melee import STAGES
 from .fields import BY_NAME, CONTROLS, HEADS, STAGE
@@ -135,41 +136,47 @@ class EgoMLP(nn.Module):
             if HEADS[name].target in ("delta", "absolute"): nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
         for table in (self.actions, self.moments, self.chosen): nn.init.normal_(table.weight, std=.1)
 
-    def _fighters(self, view: Frames) -> Tensor:    # (B, 2 views, 2 fighters, width)
-        ids, layout = dict(zip(self.layout.int_fields, view.ints.long().unbind(-1))), self.layout
-        age = view.floats[..., layout.float_index("state_age")]/BY_NAME["state_age"].scale if "state_age" in layout.float_fields else ids.get("state_age", torch.zeros_like(ids["action_state"]))
-        rows = moment(ids.get("character", torch.zeros_like(ids["action_state"])), ids["action_state"], age.floor().long(), self.moments.num_embeddings)
-        return torch.cat([numbers(view, layout), self.actions(ids["action_state"]), self.moments(rows), *(self.embeddings[n](ids[n]) for n in self.ids)], -1)
+# %% ../nbs/32_ego.ipynb #0023
+@patch
+def _fighters(self: EgoMLP, view: Frames) -> Tensor:    # (B, 2 views, 2 fighters, width)
+    ids, layout = dict(zip(self.layout.int_fields, view.ints.long().unbind(-1))), self.layout
+    age = view.floats[..., layout.float_index("state_age")]/BY_NAME["state_age"].scale if "state_age" in layout.float_fields else ids.get("state_age", torch.zeros_like(ids["action_state"]))
+    rows = moment(ids.get("character", torch.zeros_like(ids["action_state"])), ids["action_state"], age.floor().long(), self.moments.num_embeddings)
+    return torch.cat([numbers(view, layout), self.actions(ids["action_state"]), self.moments(rows), *(self.embeddings[n](ids[n]) for n in self.ids)], -1)
 
-    def _inputs(self, frames: Frames, controls: Tensor) -> tuple[Tensor, Frames, Tensor]:
-        view, pads, left = views(frames, controls, self.layout)
-        x, y = (view.floats[..., self.layout.float_index(n)]/BY_NAME[n].scale for n in ("x", "y"))    # (B, 2, 2)
-        stage = view.stage.long()                                                                     # (B, 2)
-        apart = near_and_far(torch.stack([x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]], -1))         # (B, 2, 6)
-        parts = [self._fighters(view).flatten(2), surroundings(x[..., 0], y[..., 0], stage, left), apart, pads]
-        if self.layout.has_stage: parts.append(self.embeddings["stage"](stage))
-        return torch.cat(parts, -1), view, left                                                       # (B, 2, inputs), the views, (B, 2)
+@patch
+def _inputs(self: EgoMLP, frames: Frames, controls: Tensor) -> tuple[Tensor, Frames, Tensor]:
+    view, pads, left = views(frames, controls, self.layout)
+    x, y = (view.floats[..., self.layout.float_index(n)]/BY_NAME[n].scale for n in ("x", "y"))    # (B, 2, 2)
+    stage = view.stage.long()                                                                     # (B, 2)
+    apart = near_and_far(torch.stack([x[..., 1] - x[..., 0], y[..., 1] - y[..., 0]], -1))         # (B, 2, 6)
+    parts = [self._fighters(view).flatten(2), surroundings(x[..., 0], y[..., 0], stage, left), apart, pads]
+    if self.layout.has_stage: parts.append(self.embeddings["stage"](stage))
+    return torch.cat(parts, -1), view, left                                                       # (B, 2, inputs), the views, (B, 2)
 
-    def _number(self, name: str, said: Tensor, view: Frames) -> Tensor:
-        "What a head says, (B, 2, width): of numbers a change in steps, added to the last value where the value itself is asked for."
-        if HEADS[name].target not in ("delta", "absolute"): return said
-        last = view.floats[:, :, 0, [self.layout.float_index(f) for f in HEADS[name].fields]] if HEADS[name].target == "absolute" else 0.
-        return last + STEP*said
+# %% ../nbs/32_ego.ipynb #0025
+@patch
+def _number(self: EgoMLP, name: str, said: Tensor, view: Frames) -> Tensor:
+    "What a head says, (B, 2, width): of numbers a change in steps, added to the last value where the value itself is asked for."
+    if HEADS[name].target not in ("delta", "absolute"): return said
+    last = view.floats[:, :, 0, [self.layout.float_index(f) for f in HEADS[name].fields]] if HEADS[name].target == "absolute" else 0.
+    return last + STEP*said
 
-    def forward(self,
-        frames: Frames,        # (B, K, ...)
-        controls: Tensor,      # (B, 1, C) of the predicted frame; C may be 0
-        choose: Callable[[Tensor], Tensor] = likeliest,   # action ids (B, 1, 2) from logits (B, 1, 2, V): what the other heads hear
-    ) -> Prediction:           # (B, 1, 2, width) per head
-        check_inputs(frames, controls, self.layout, exactly=self.context_len)
-        inputs, view, left = self._inputs(frames, controls)
-        hidden = self.blocks(self.input(inputs))                                                      # (B, 2, D)
-        said = {"action": self.heads["action"](self.norms[0](hidden))}
-        said = mirror_prediction(said, left, frames.stage[:, -1])
-        action = choose(said["action"][:, None])[:, 0]                                                # (B, 2), as the world sees it
-        action = torch.where(left, mirrored_actions(action.device)[action], action)
-        hidden = self.norms[1](self.after(hidden + self.chosen(action)))
-        with torch.autocast(hidden.device.type, enabled=False):
-            rest = {name: self._number(name, head(hidden.float()), view) for name, head in self.heads.items() if name != "action"}
-        said |= mirror_prediction(rest, left, frames.stage[:, -1])
-        return {name: said[name][:, None] for name in self.heads}
+@patch
+def forward(self: EgoMLP,
+    frames: Frames,        # (B, K, ...)
+    controls: Tensor,      # (B, 1, C) of the predicted frame; C may be 0
+    choose: Callable[[Tensor], Tensor] = likeliest,   # action ids (B, 1, 2) from logits (B, 1, 2, V): what the other heads hear
+) -> Prediction:           # (B, 1, 2, width) per head
+    check_inputs(frames, controls, self.layout, exactly=self.context_len)
+    inputs, view, left = self._inputs(frames, controls)
+    hidden = self.blocks(self.input(inputs))                                                      # (B, 2, D)
+    said = {"action": self.heads["action"](self.norms[0](hidden))}
+    said = mirror_prediction(said, left, frames.stage[:, -1])
+    action = choose(said["action"][:, None])[:, 0]                                                # (B, 2), as the world sees it
+    action = torch.where(left, mirrored_actions(action.device)[action], action)
+    hidden = self.norms[1](self.after(hidden + self.chosen(action)))
+    with torch.autocast(hidden.device.type, enabled=False):
+        rest = {name: self._number(name, head(hidden.float()), view) for name, head in self.heads.items() if name != "action"}
+    said |= mirror_prediction(rest, left, frames.stage[:, -1])
+    return {name: said[name][:, None] for name in self.heads}
