@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 from .core import UserError, json_safe, project_root, setting, write_json
 from .config import Config, config_hash, experiment_names, load_config
-from .commands import JsonFlag, listed_games, overrides, play_app, print_json
+from .commands import BatchSize, Dataset, Device, Epochs, MaxGames, Minutes, Override, Resume, RunName, Tracking, JsonFlag, listed_games, overrides, play_app, print_json
 
 # %% ../nbs/90_cli.ipynb #0007
 app = typer.Typer(help="A structured-state world model of Super Smash Bros. Melee: replays in, a playable model out.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -142,7 +142,7 @@ def description(config: Config) -> dict:
 @app.command()
 def describe(
     experiment: Annotated[str, Argument(metavar="NAME|YAML", help="an experiment's name or YAML file")],
-    set_: Annotated[Optional[list[str]], Option("--set", metavar="A.B=C", help="override one key; repeatable")] = None,
+    set_: Override = None,
     json_: JsonFlag = False):
     "Dims, heads, parameters and hash of an experiment. Example: melee-wm describe mamba2-1a"
     result = description(load_config(experiment, set_ or []))
@@ -157,18 +157,10 @@ def describe(
 @app.command()
 def train(
     experiment: Annotated[str, Argument(metavar="NAME|YAML", help="an experiment's name or YAML file")],
-    data: Annotated[Path, Option(help="a parsed dataset, or shards")],
-    run_name: Annotated[Optional[str], Option(help="name of the run's folder; default: the experiment's name")] = None,
-    epochs: Annotated[Optional[int], Option(help="in total, also when resuming")] = None,
-    minutes: Annotated[Optional[float], Option(help="wall-clock budget of the training loop")] = None,
-    batch_size: Annotated[Optional[int], Option()] = None,
-    max_games: Annotated[Optional[int], Option(min=1)] = None,
+    data: Dataset, run_name: RunName = None, epochs: Epochs = None, minutes: Minutes = None, batch_size: BatchSize = None, max_games: MaxGames = None,
     streaming: Annotated[bool, Option("--streaming", help="read the games of a parsed dataset as they are needed")] = False,
     buffer_size: Annotated[Optional[int], Option(min=1, help="games in memory together when streaming; default 200")] = None,
-    set_: Annotated[Optional[list[str]], Option("--set", metavar="A.B=C", help="override one key; repeatable")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto",
-    tracking: Annotated[str, Option(help="wandb: off, offline or online")] = "off",
-    resume: Annotated[Optional[str], Option(metavar="RUN", help="go on with this run from its latest checkpoint")] = None):
+    set_: Override = None, device: Device = "auto", tracking: Tracking = "off", resume: Resume = None):
     "Train a world model and leave runs/NAME/. Example: melee-wm train toy --data data --epochs 5"
     from melee_wm.experiment import run_folder
     from melee_wm.report import train_run
@@ -190,12 +182,12 @@ def _selected(folder: Path, split: str, games: Path | None, manifest: dict) -> l
 @app.command("eval")
 def eval_(
     model: Annotated[str, Argument(metavar="RUN|CHECKPOINT", help="a run's name or folder, or a .safetensors file")],
-    data: Annotated[Path, Option(help="a parsed dataset, or shards")],
+    data: Dataset,
     split: Annotated[str, Option(help="val, train or all")] = "val",
     games: Annotated[Optional[Path], Option(metavar="MD5FILE", help="evaluate on exactly these games, one MD5 a line")] = None,
     memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
     dreams: Annotated[bool, Option("--dreams", help="also what happens in its dreams, whether they obey the game, and whether it knows what it knows: some minutes more")] = False,
-    device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto",
+    device: Device = "auto",
     json_: JsonFlag = False):
     "Score a model beside doing nothing. Example: melee-wm eval demo --data runs/demo/data"
     from melee_wm.calibration import calibration, calibration_json, calibration_text
@@ -225,7 +217,7 @@ def rollout(
     start: Annotated[int, Option(help="Slippi frame number of the last real frame")] = 120,
     teacher_forced: Annotated[bool, Option(help="predict each frame from the real one before it")] = False,
     memory: Annotated[Optional[str], Option(help="window: the last K frames; state: all of the match so far (recurrent models); default: as it was taught")] = None,
-    device: Annotated[str, Option(help="auto, cpu, cuda or mps")] = "auto"):
+    device: Device = "auto"):
     "Dream on from a seed game under its inputs. Example: melee-wm rollout demo --frames 600 --output dream.slp"
     from melee_wm.checkpoint import load_model
     from melee_wm.experiment import choose_device
