@@ -1,5 +1,6 @@
 """Shared fixtures. With MELEE_WM_NO_SKIP=1 (as in CI) a test that would be skipped fails instead."""
 import os
+import shutil
 import signal
 from pathlib import Path
 import pytest
@@ -49,3 +50,16 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills training processes (in full: 20)")
     parser.addoption("--fuzz-seconds", type=float, default=4, help="how long tests/test_play.py sends rubbish to a server (in full: 60)")
     parser.addoption("--static-frames", type=int, default=120, help="how many frames tests/test_static.py compares with PyTorch in Chromium (in full: 600)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "The system's Chromium."
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()

@@ -1,7 +1,6 @@
 """The page in a real browser: keys and pads move fighters, time can be stopped and branched, replays dropped on it play beside the model."""
 import base64
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from melee_wm.fields import CONTROLS
 from melee_wm.slp import read_slp
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 WEB = Path(__file__).resolve().parent.parent / "melee_wm" / "web"
 PAD = """
 window.pad = {index: 0, id: "A pad of the standard layout", mapping: "standard", connected: true, timestamp: 0, axes: [0, 0, 0, 0],
@@ -36,16 +34,6 @@ def server():
     from melee_wm.play import running_server
     with running_server() as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
