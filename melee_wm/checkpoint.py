@@ -215,7 +215,7 @@ def try_save(save: Callable[[], object]) -> str | None:
 # %% ../nbs/50_checkpoint.ipynb #0034
 MANIFEST_KEYS = ("schema", "name", "status", "reason", "started", "finished", "seconds", "resumed", "experiment", "config", "config_hash", "parameters", "seed",
     "data", "data_fingerprint", "synthetic", "untrusted", "game_md5s", "train_md5s", "val_md5s", "games_refused", "frames", "git_commit", "git_dirty", "machine", "device", "versions",
-    "tracking", "all_epochs", "best", "train_eval", "scorecard", "card_id", "cost")
+    "tracking", "all_epochs", "best", "train_eval", "scorecard", "card_id", "override", "estimate", "hardware", "price", "cost")
 
 def now() -> str:
     "This moment in UTC, to the second, as in 2026-11-21T07:15:00Z."

@@ -209,6 +209,7 @@ class EvaluationConfig(_Strict):
     max_starts: int | None = Field(None, ge=1)     # evenly thinned to so many, for quick looks
     max_games: int | None = Field(200, ge=1)       # of a run's held-out games, the first so many by MD5: bounds time and memory
     bootstrap: int = Field(1000, ge=1)             # resamples of games for the interval
+    targets: dict[str, float] = {}                 # metric -> what the run is to reach, e.g. val_metric/action_change_acc: 0.75
 
 # %% ../nbs/21_config.ipynb #0015
 class Config(_Strict):

@@ -71,7 +71,8 @@ def _read_settings(path: Path) -> dict:
     return dict(parser["DEFAULT"])
 
 def setting(key: str, default: str | None = None) -> str:
-    "One value of `settings.ini` as a string; a missing key without a default is a `UserError`."
+    "One value of `settings.ini` as a string, or of the environment's MELEE_WM_KEY, which comes first; a missing key without a default is a `UserError`."
+    if value := os.environ.get(f"MELEE_WM_{key.upper()}"): return value
     values = _read_settings(project_root()/"settings.ini")
     if key in values: return values[key]
     if default is not None: return default
@@ -80,7 +81,7 @@ def setting(key: str, default: str | None = None) -> str:
 # %% ../nbs/00_core.ipynb #0022
 def replays_dir() -> Path | None:
     "The folder of real replays, or None where there is none."
-    folder = Path(os.environ.get("MELEE_WM_REPLAYS") or project_root()/setting("replays", "../shared/replays"))
+    folder = project_root()/setting("replays", "../shared/replays")
     return folder.resolve() if folder.is_dir() else None
 
 def quick_replays() -> list[Path]:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ROLLOUT_FRAMES', 'Chosen', 'read_holdout', 'provenance', 'choose_games', 'run_folder', 'refuse_used_name', 'run_lock',
-           'run_status', 'choose_device', 'quiet_start', 'measure_run', 'run_experiment']
+           'run_status', 'choose_device', 'quiet_start', 'measure_run', 'Kind', 'recorded_run', 'run_experiment']
 
 # %% ../nbs/56_experiment.ipynb #0002
 from .core import UserError, json_safe, project_root, setting, write_json
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -139,67 +139,94 @@ def measure_run(run_dir, data, md5s: list[str], split_name: str, device: str = "
 def _say(*words, progress: bool = True):
     if progress: print(*words, file=sys.stderr, flush=True)
 
-def _train_and_measure(config: Config, data, run_dir: Path, device: str, tracking: str, resume: bool, progress: bool) -> Outcome:
-    chosen = choose_games(config, data, progress)
+def _open_record(config: Config, data, run_dir: Path, device: str, resume: bool, launch: dict, parameters: int) -> Callable[..., dict]:
+    "Begin a run's manifest, or go on with it: the function that writes keys into it, beside the time and the money spent so far."
+    before, began, (commit, dirty) = (read_manifest(run_dir) or {}) if resume else {}, time.time(), code_version(os.environ)
+    if not resume: (run_dir/"manifest.json").unlink(missing_ok=True)
+    fresh = dict(name=run_dir.name, started=now(), experiment=config.name, seed=config.training.seed)
+    again = dict(resumed=[*(before.get("resumed") or []), now()])
+    def keep(**values) -> dict:
+        seconds, price = time.time() - began, launch.get("price")
+        cost = None if price is None else round((before.get("cost") or 0) + price*seconds/3600, 4)
+        return update_manifest(run_dir, **values, seconds=round((before.get("seconds") or 0) + seconds, 1), cost=cost)
+    keep(**(again if before else fresh), **{k: v for k, v in launch.items() if before.get(k) is None}, status="running", reason=None, finished=None, config=to_dict(config), config_hash=config_hash(config),
+        parameters=parameters, data=str(data), git_commit=commit, git_dirty=dirty, machine=machine(), device=device, versions=versions())
+    return keep
+
+def _keep_games(keep: Callable, chosen: Chosen, config: Config, progress: bool) -> list[str]:
+    "Record and say which games a run uses: their MD5s."
     val_md5s = list(chosen.val.md5s) if chosen.val else []
-    md5s = sorted([*chosen.train.md5s, *val_md5s])
-    frames = {"train": chosen.train.frames, "val": chosen.val.frames if chosen.val else 0}
-    update_manifest(run_dir, data_fingerprint=fingerprint(md5s), game_md5s=md5s, train_md5s=list(chosen.train.md5s), val_md5s=val_md5s, games_refused=chosen.refused, frames=frames, synthetic=chosen.synthetic, untrusted=chosen.untrusted)
+    md5s, frames = sorted([*chosen.train.md5s, *val_md5s]), {"train": chosen.train.frames, "val": chosen.val.frames if chosen.val else 0}
+    keep(data_fingerprint=fingerprint(md5s), game_md5s=md5s, train_md5s=list(chosen.train.md5s), val_md5s=val_md5s, games_refused=chosen.refused, frames=frames, synthetic=chosen.synthetic, untrusted=chosen.untrusted)
     _say(f"{config.name}: {len(chosen.train)} games to train on ({frames['train']:,} frames), {len(val_md5s)} to validate ({frames['val']:,})" + "".join(f"; refused {n} x {why}" for why, n in chosen.refused.items()), progress=progress)
     if chosen.synthetic: _say(f"the data is SYNTHETIC: {chosen.synthetic}", progress=progress)
     for name, why in chosen.untrusted.items(): _say(f"not to be trusted in this data: {name}: {why}", progress=progress)
     if not val_md5s: _say("one game only: there is no validation; the figures below are of the game that was trained on", progress=progress)
-    checkpoints = run_dir/"checkpoints"
+    return md5s
+
+# %% ../nbs/56_experiment.ipynb #0019
+class Kind(NamedTuple):
+    "What a run of a world model and one of a fighter do differently."
+    teach: Callable[..., Outcome]     # as `train`
+    measured: Callable[..., dict]     # (run_dir, data, chosen, tracker, step, device, progress) → the manifest's `scorecard`
+    parameters: Callable[[Config], int]
+    tags: tuple[str, ...] = ()        # of the tracker
+
+def _teach_and_measure(kind: Kind, keep: Callable, config: Config, data, run_dir: Path, device: str, tracking: str, resume: bool, progress: bool) -> Outcome:
+    chosen, checkpoints = choose_games(config, data, progress), run_dir/"checkpoints"
+    md5s = _keep_games(keep, chosen, config, progress)
     resume = resume and has_training_state(checkpoints)
     keep_step = load_training_state(checkpoints).values["position"]["step"] if resume else None
-    shown = to_dict(config); shown["data"] |= {"num_games_loaded": len(md5s), "predict_player": None, "fingerprint": fingerprint(md5s)}
-    tracker = Tracker(run_dir, tracking, shown, run_dir.name, keep_step)
-    update_manifest(run_dir, tracking={"mode": tracking, "url": tracker.url})
-    code = 1
+    shown = to_dict(config); shown["data"] |= {"num_games_loaded": len(md5s), "predict_player": config.data.predict_player if config.plays else None, "fingerprint": fingerprint(md5s)}
+    tracker, code = Tracker(run_dir, tracking, shown, run_dir.name, keep_step, kind.tags), 1
     try:
-        outcome = train(config, chosen.train, chosen.val, checkpoints, device, tracker, resume, lambda p: update_manifest(run_dir, all_epochs=json_safe(p.epochs), best=json_safe(p.best)), progress)
-        update_manifest(run_dir, all_epochs=json_safe(outcome.position.epochs), best=json_safe(outcome.position.best), train_eval=json_safe(outcome.train_eval))
-        if outcome.status != "finished": return outcome
-        if outcome.train_eval: tracker.log(outcome.train_eval, outcome.position.step, kind="train_eval")
-        result = measure_run(run_dir, data, val_md5s or list(chosen.train.md5s), "val" if val_md5s else "train", device, progress)
-        coherence = result["rollout"]["all"]["coherence"]
-        tracker.log({f"rollout/position_mae_{k}": coherence[k] for k in ("k5", "k10", "k20")}, outcome.position.step, kind="evaluation")
-        update_manifest(run_dir, scorecard={k: coherence[k] for k in ("k5", "k10", "k20")})
-        code = 0
+        keep(tracking={"mode": tracking, "url": tracker.url})
+        outcome = kind.teach(config, chosen.train, chosen.val, checkpoints, device, tracker, resume, lambda p: keep(all_epochs=json_safe(p.epochs), best=json_safe(p.best)), progress)
+        keep(all_epochs=json_safe(outcome.position.epochs), best=json_safe(outcome.position.best), train_eval=json_safe(outcome.train_eval))
+        if outcome.status == "finished":
+            keep(scorecard=kind.measured(run_dir, data, chosen, tracker, outcome, device, progress))
+            code = 0
     finally: tracker.close(code)
     return outcome
 
-# %% ../nbs/56_experiment.ipynb #0018
-def run_experiment(
+# %% ../nbs/56_experiment.ipynb #0020
+def recorded_run(
+    kind: Kind,
     config: Config,
     data,                        # a parsed dataset, or shards
     run_dir,                     # the run's folder, see `run_folder`
     device: str = "auto",        # auto, cpu, cuda, mps
     tracking: str = "off",       # wandb: off, offline, online
     resume: bool = False,        # go on with the run in this folder
-    card_id: str | None = None,  # the run card that allowed it
+    launch: dict | None = None,  # what allowed it: card_id, override, estimate, hardware, price
     progress: bool = True,
 ) -> dict:                       # the run's manifest
-    "Train, evaluate, dream, and leave the record in `run_dir`. Raises `UserError` for a name in use or data that cannot be had, `KeyboardInterrupt` where it was stopped."
-    run_dir, began = Path(run_dir), time.time()
-    device = choose_device(device)
-    if int(os.environ.get("RANK", 0)):    # under torchrun the first process keeps the record; the others only train
-        chosen = choose_games(config, data, False)
-        train(config, chosen.train, chosen.val, run_dir/"checkpoints", device, resume=resume and has_training_state(run_dir/"checkpoints"), progress=False)
-        return {}
+    "Teach, measure, and leave the record in `run_dir`. Raises `UserError` for a name in use or data that cannot be had, `KeyboardInterrupt` where it was stopped."
+    run_dir, device = Path(run_dir), choose_device(device)
     with run_lock(run_dir):
         refuse_used_name(run_dir, resume)
-        before = read_manifest(run_dir) if resume else None
-        commit, dirty = code_version(os.environ)
-        fresh = dict(name=run_dir.name, started=now(), experiment=config.name, card_id=card_id, seed=config.training.seed)
-        if not resume: (run_dir/"manifest.json").unlink(missing_ok=True)
-        update_manifest(run_dir, **({"resumed": [*(before["resumed"] or []), now()]} if before else fresh), status="running", reason=None, finished=None, config=to_dict(config), config_hash=config_hash(config), parameters=parameter_count(config),
-            data=str(data), git_commit=commit, git_dirty=dirty, machine=machine(), device=device, versions=versions())
-        def end(status, reason=None): return update_manifest(run_dir, status=status, reason=reason, finished=now(), seconds=round(((before or {}).get("seconds") or 0) + time.time() - began, 1))
-        try: outcome = _train_and_measure(config, data, run_dir, device, tracking, resume, progress)
+        keep = _open_record(config, data, run_dir, device, resume, launch or {}, kind.parameters(config))
+        def end(status, reason=None): return keep(status=status, reason=reason, finished=now())
+        try: outcome = _teach_and_measure(kind, keep, config, data, run_dir, device, tracking, resume, progress)
         except KeyboardInterrupt: end("interrupted", "stopped by a signal"); raise
         except BaseException as error: end("failed", f"{type(error).__name__}: {error}"); raise
         manifest = end(outcome.status, outcome.reason)
     if outcome.status == "interrupted": raise KeyboardInterrupt
     if outcome.status == "killed": _say(f"the run was killed: {outcome.reason}", progress=progress)
     return manifest
+
+# %% ../nbs/56_experiment.ipynb #0022
+def _measured(run_dir: Path, data, chosen: Chosen, tracker: Tracker, outcome: Outcome, device: str, progress: bool) -> dict:
+    if outcome.train_eval: tracker.log(outcome.train_eval, outcome.position.step, kind="train_eval")
+    games, name = (chosen.val, "val") if chosen.val else (chosen.train, "train")
+    coherence = measure_run(run_dir, data, list(games.md5s), name, device, progress)["rollout"]["all"]["coherence"]
+    tracker.log({f"rollout/position_mae_{k}": coherence[k] for k in ("k5", "k10", "k20")}, outcome.position.step, kind="evaluation")
+    return {k: coherence[k] for k in ("k5", "k10", "k20")}
+
+def run_experiment(config: Config, data, run_dir, device: str = "auto", tracking: str = "off", resume: bool = False, launch: dict | None = None, progress: bool = True) -> dict:
+    "Train, evaluate, dream, and leave the record of a world model in `run_dir`; everything as in `recorded_run`."
+    if int(os.environ.get("RANK", 0)):
+        chosen, checkpoints = choose_games(config, data, False), Path(run_dir)/"checkpoints"
+        train(config, chosen.train, chosen.val, checkpoints, choose_device(device), resume=resume and has_training_state(checkpoints), progress=False)
+        return {}
+    return recorded_run(Kind(train, _measured, parameter_count), config, data, run_dir, device, tracking, resume, launch, progress)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REGRESSION_WEIGHT', 'Sums', 'VALIDATION_STRIDE', 'examples', 'policy_loss', 'control_metrics', 'add_sums', 'means_of',
-           'policy_scores', 'imitate', 'scorecard', 'run_policy', 'policy_report', 'evaluate_policy']
+           'policy_scores', 'imitate', 'scorecard', 'policy_parameters', 'run_policy', 'policy_report',
+           'evaluate_policy']
 
 # %% ../nbs/63_imitate.ipynb #0002
-import os, sys, time
+import sys, time
 from pathlib import Path
 from typing import Callable, Iterator
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from .core import UserError, json_safe, write_json
-from .parsed import fingerprint
 from .fields import BUTTONS, CONTROLS
 from .config import Config, config_hash, to_dict
 from .encoding import Frames, controls_of, layout_of, take
@@ -23,11 +23,11 @@ from .symmetry import mirror_controls
 from .packed import Games
 from .batches import batch_count, epoch_starts, from_games, window_count
 from .shards import dataset_games, dataset_records
-from .checkpoint import SHIPPED, code_version, describe_checkpoint, find_checkpoint, has_training_state, load_training_state, machine, now, read_manifest, restore, save_checkpoint, save_training_state, training_state, try_save, update_manifest, versions
+from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, restore, save_checkpoint, save_training_state, training_state, try_save
 from .track import Tracker
 from .step import step_seed
 from .train import Outcome, Position, is_better, progress_of, rate_factor, reason_to_stop, resumed_position, stop_signals
-from .experiment import choose_device, choose_games, refuse_used_name, run_lock
+from .experiment import Chosen, Kind, recorded_run
 from .policy import ANALOG, CHOICES, build_policy, classes_of, decide, load_policy
 
 # %% ../nbs/63_imitate.ipynb #0005
@@ -210,58 +210,22 @@ def imitate(
     return Outcome("finished", None, p, None)
 
 # %% ../nbs/63_imitate.ipynb #0022
-def _imitate_and_measure(config: Config, data, run_dir: Path, device: str, tracking: str, resume: bool, progress: bool) -> Outcome:
-    chosen = choose_games(config, data, progress)
-    val_md5s = list(chosen.val.md5s) if chosen.val else []
-    md5s, checkpoints = sorted([*chosen.train.md5s, *val_md5s]), run_dir/"checkpoints"
-    update_manifest(run_dir, data_fingerprint=fingerprint(md5s), game_md5s=md5s, train_md5s=list(chosen.train.md5s), val_md5s=val_md5s, games_refused=chosen.refused,
-        frames={"train": chosen.train.frames, "val": chosen.val.frames if chosen.val else 0}, synthetic=chosen.synthetic, untrusted=chosen.untrusted)
-    if progress: print(f"{config.name}: {len(chosen.train)} games to imitate ({chosen.train.frames:,} frames), {len(val_md5s)} to validate" + (f"; the data is SYNTHETIC: {chosen.synthetic}" if chosen.synthetic else ""), file=sys.stderr, flush=True)
-    resume = resume and has_training_state(checkpoints)
-    shown = to_dict(config); shown["data"] |= {"num_games_loaded": len(md5s), "fingerprint": fingerprint(md5s)}
-    tracker = Tracker(run_dir, tracking, shown, run_dir.name, load_training_state(checkpoints).values["position"]["step"] if resume else None, ("policy",))
-    update_manifest(run_dir, tracking={"mode": tracking, "url": tracker.url})
-    code = 1
-    try:
-        outcome = imitate(config, chosen.train, chosen.val, checkpoints, device, tracker, resume, lambda p: update_manifest(run_dir, all_epochs=json_safe(p.epochs), best=json_safe(p.best)), progress)
-        if outcome.status == "finished":
-            card = scorecard(load_policy(run_dir), chosen.val or chosen.train, "val" if chosen.val else "train")
-            write_json(run_dir/"scorecard.json", card)
-            update_manifest(run_dir, scorecard={n: card["likeliest"].get(n) for n in ("stick_mae", "button_acc", "button_pressed_acc", "press_recall", "change_acc")})
-        code = int(outcome.status != "finished")
-    finally: tracker.close(code)
-    return outcome
-
 def scorecard(model: nn.Module, games: Games, split: str, stride: int = 1) -> dict:
     "What is kept of a policy's scores on some games, every `stride` frames."
     return json_safe({"schema": "melee-wm-policy-scorecard/1", "name": model.config.name, "config_hash": config_hash(model.config), "split": split, "games": len(games), "frames": games.frames, "stride": stride, "data_fingerprint": games.fingerprint, **policy_scores(model, games, stride)})
 
-def run_policy(
-    config: Config,
-    data,                        # a parsed dataset, or shards
-    run_dir,                     # the run's folder, see `run_folder`
-    device: str = "auto",
-    tracking: str = "off",       # wandb: off, offline, online
-    resume: bool = False,        # go on with the run in this folder
-    progress: bool = True,
-) -> dict:                       # the run's manifest
-    "Train a policy, score it, and leave the record in `run_dir`. Raises `UserError` for a name in use, `KeyboardInterrupt` where it was stopped."
-    run_dir, began, device = Path(run_dir), time.time(), choose_device(device)
-    parameters = sum(v.numel() for v in build_policy(config).parameters())
-    with run_lock(run_dir):
-        refuse_used_name(run_dir, resume)
-        before, (commit, dirty) = read_manifest(run_dir) if resume else None, code_version(os.environ)
-        if not resume: (run_dir/"manifest.json").unlink(missing_ok=True)
-        fresh = dict(name=run_dir.name, started=now(), experiment=config.name, seed=config.training.seed)
-        update_manifest(run_dir, **({"resumed": [*(before["resumed"] or []), now()]} if before else fresh), status="running", reason=None, finished=None, config=to_dict(config), config_hash=config_hash(config), parameters=parameters,
-            data=str(data), git_commit=commit, git_dirty=dirty, machine=machine(), device=device, versions=versions())
-        def end(status, reason=None): return update_manifest(run_dir, status=status, reason=reason, finished=now(), seconds=round(((before or {}).get("seconds") or 0) + time.time() - began, 1))
-        try: outcome = _imitate_and_measure(config, data, run_dir, device, tracking, resume, progress)
-        except KeyboardInterrupt: end("interrupted", "stopped by a signal"); raise
-        except BaseException as error: end("failed", f"{type(error).__name__}: {error}"); raise
-        manifest = end(outcome.status, outcome.reason)
-    if outcome.status == "interrupted": raise KeyboardInterrupt
-    return manifest
+def _measured(run_dir: Path, data, chosen: Chosen, tracker: Tracker, outcome: Outcome, device: str, progress: bool) -> dict:
+    card = scorecard(load_policy(run_dir), chosen.val or chosen.train, "val" if chosen.val else "train")
+    write_json(run_dir/"scorecard.json", card)
+    return {n: card["likeliest"].get(n) for n in ("stick_mae", "button_acc", "button_pressed_acc", "press_recall", "change_acc")}
+
+def policy_parameters(config: Config) -> int:
+    "How many weights a policy has."
+    return sum(v.numel() for v in build_policy(config).parameters())
+
+def run_policy(config: Config, data, run_dir, device: str = "auto", tracking: str = "off", resume: bool = False, launch: dict | None = None, progress: bool = True) -> dict:
+    "Train a policy, score it, and leave the record in `run_dir`; everything as in `experiment.recorded_run`."
+    return recorded_run(Kind(imitate, _measured, policy_parameters, ("policy",)), config, data, run_dir, device, tracking, resume, launch, progress)
 
 # %% ../nbs/63_imitate.ipynb #0024
 _SHOWN = {"stick_mae": "stick error", "stick_moved_mae": "stick error, where it moves", "button_acc": "buttons right", "button_pressed_acc": "of buttons down, said", "press_recall": "of new presses, said",

@@ -86,9 +86,10 @@ def understood(text: str | bytes, form: TypeAdapter = _COMMAND) -> BaseModel:
     "What a client says. Raises `UserError` in one line."
     try: return form.validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:60] or None
-        raise UserError("not understood", where, expected=first["msg"][:160], got=repr(first["input"])[:60]) from None
+        expected = first.get("ctx", {}).get("expected_tags") or first["msg"]
+        raise UserError("not understood", where, expected=expected[:160], got=repr(first["input"])[:60]) from None
 
 # %% ../nbs/71_protocol.ipynb #0017
 def _place(text: str) -> tuple[str, str]:

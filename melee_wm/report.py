@@ -229,7 +229,8 @@ def train_run(
     config,                  # a `Config`
     data,                    # a parsed dataset, or shards
     run_dir,                 # see `experiment.run_folder`
-    device: str = "auto", tracking: str = "off", resume: bool = False, card_id: str | None = None,
+    device: str = "auto", tracking: str = "off", resume: bool = False,
+    launch: dict | None = None,   # what allowed it, see `experiment.recorded_run`
     stream=None,             # where progress goes; stderr by default
 ) -> int:
     "Train an experiment by its run notebook: the exit code, as from `execute_run`."
@@ -237,5 +238,5 @@ def train_run(
     if rank := int(os.environ.get("RANK", 0)):   # under torchrun: the first process keeps the record
         run_experiment(config, data, run_dir, device, resume=resume); leave(Team(rank, int(os.environ["WORLD_SIZE"])))
     refuse_used_name(run_dir, resume)
-    parameters = dict(experiment=to_dict(config), data=str(Path(data).resolve()), run_dir=str(Path(run_dir).resolve()), device=device, tracking=tracking, resume=resume, card_id=card_id)
+    parameters = dict(experiment=to_dict(config), data=str(Path(data).resolve()), run_dir=str(Path(run_dir).resolve()), device=device, tracking=tracking, resume=resume, launch=launch)
     return execute_run(run_notebook("train"), run_dir, parameters, stream)
