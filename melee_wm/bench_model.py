@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'WAYS', 'BENCHES', 'bench_device', 'settle', 'seconds_of', '
 
 # %% ../nbs/86_bench_model.ipynb #0002
 import logging, os, time
+from importlib.util import find_spec
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from .mamba2 import Mamba2Block, build_model, keep_memory
 from .losses import loss
 from .world import World, replayed_controls, seed_windows
 from .step import Moment, empty_memory, feed, learn
+from .static import OnnxWorld
 from .bench import Benches, Result, Setup, beside, take_turns
 from .bench_data import DATA_BENCHES, encoded_games, parsed_games
 import torch
@@ -238,16 +240,20 @@ def seeded_world(setup: Setup, experiment: str, streams: int, memory: str) -> tu
     world.reset(seed_windows(columns, starts, first), torch.full((streams,), game.stage))
     return world, replayed_controls(columns, starts, 1)[:, 0].to(world.device)
 
-def frame_times(world: World, controls: Tensor, frames: int) -> np.ndarray:   # (frames,) seconds
+def frame_times(world: World | OnnxWorld, controls: Tensor, frames: int) -> np.ndarray:   # (frames,) seconds
     "Play so many frames and time each."
-    return np.array([seconds_of(lambda: world.step(controls), world.device) for _ in range(frames)])
+    return np.array([seconds_of(lambda: world.step(controls), controls.device) for _ in range(frames)])
 
 def bench_rollout(setup: Setup) -> list[Result]:
     "One match beside real time, 256 matches, and the cost of a late frame beside an early one."
     keep_memory()
     results = []
     with threads(1):
-        for experiment, memory, limit in (("mamba2-medium-gpu", "state", "≥ 10"), ("mamba2-1a", "state", ""), ("baseline-v22", "window", "")):
+        world, controls = seeded_world(setup, "mamba2-medium-gpu", 1, "state")
+        if world.device.type == "cpu" and find_spec("onnxruntime"):
+            rate = 1/np.median(frame_times(OnnxWorld(world), controls, 120*setup.repeats + 20)[20:])
+            results.append(Result("rollout: mamba2-medium-gpu, one match, graph", rate, "frames/s", 60., rate/60, "real time", "≥ 10", note="one core, ONNX Runtime"))
+        for experiment, memory, limit in (("mamba2-medium-gpu", "state", ""), ("mamba2-1a", "state", ""), ("baseline-v22", "window", "")):
             rate = 1/np.median(frame_times(*seeded_world(setup, experiment, 1, memory), 120*setup.repeats + 20)[20:])
             results.append(Result(f"rollout: {experiment}, one match", rate, "frames/s", 60., rate/60, "real time", limit, note=f"one core, {memory}"))
         late = frame_times(*seeded_world(setup, "mamba2-1a", 1, "state"), 2000*setup.repeats)

@@ -7,7 +7,7 @@ __all__ = ['ROLLOUT_FRAMES', 'Chosen', 'read_holdout', 'provenance', 'choose_gam
            'run_status', 'choose_device', 'quiet_start', 'measure_run', 'Kind', 'recorded_run', 'run_experiment']
 
 # %% ../nbs/56_experiment.ipynb #0002
-from .core import UserError, json_safe, project_root, setting, write_json
+from .core import UserError, json_safe, runs_folder, write_json
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,7 +78,7 @@ def choose_games(config: Config, data, progress: bool = True) -> Chosen:
 # %% ../nbs/56_experiment.ipynb #0011
 def run_folder(name: str) -> Path:
     "The folder of a run, below the `runs` setting."
-    return project_root()/setting("runs")/name
+    return runs_folder()/name
 
 def refuse_used_name(run_dir, resume: bool):
     "Raise `UserError` where a run's name is taken, or where there is nothing to resume."

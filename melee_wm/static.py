@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'columns_in', 'as_floats', 'doubtful', 'Step', 'beginning', 'example', 'Act', 'to_onnx', 'compact',
-           'OnnxStep', 'differences', 'engine_json', 'export_page']
+           'OnnxStep', 'OnnxWorld', 'differences', 'engine_json', 'export_page']
 
 # %% ../nbs/74_static.ipynb #0002
 from .core import UserError, json_safe, write_json
@@ -20,6 +20,7 @@ from .melee import BUTTON_BITS, STAGES, ground_of
 from .fields import BUTTONS, BY_NAME, HEADS
 from .config import config_hash
 from .encoding import FAST_FALLING, IN_HITSTUN, Layout, encode
+from .mamba2 import BlockState
 from .rules import Clock, start_clock
 from .nextframe import head_names
 from .world import World, WorldState, spawn_frames
@@ -52,29 +53,34 @@ class _Doubtful:
         said = self.model(frames, controls, *(lambda logits: d(logits + self.noise["action"]) for d in draw))
         return said | {n: said[n] + noise for n, noise in self.noise.items()}
 
+    def step(self, *given, **options):
+        said, memory = self.model.step(*given, **options)
+        return said | {n: said[n] + noise for n, noise in self.noise.items()}, memory
+
 class Step(nn.Module):
-    "`World.step` without memory of its own. Raises `UserError` for models that carry a memory or look ahead."
-    def __init__(self, model: nn.Module):
+    "`World.step` without state of its own. Raises `UserError` for models that look ahead."
+    def __init__(self, model: nn.Module, memory: str | None = None):   # `memory` as in `World`
         super().__init__()
-        self.world, self.model = World(model), model
+        self.world, self.model = World(model, memory=memory), model
         self.fields = [f.name for f in model.layout.fields]
-        if self.world.memory != "window" or model.layout.encoding.lookahead:
-            raise UserError("only models of a window without lookahead run in a page", model.config.name, expected="memory window, lookahead 0", got=f"memory {self.world.memory}, lookahead {model.layout.encoding.lookahead}", do="use `melee-wm play`, whose server steps every model")
+        if model.layout.encoding.lookahead: raise UserError("cannot be a graph", model.config.name, expected="an encoding with lookahead 0", got=f"lookahead {model.layout.encoding.lookahead}", do="use `melee-wm play`, whose server steps every model")
 
     def forward(self,
-        frames: Tensor,     # (B, K, 2, F) the last frames, game units
+        frames: Tensor,     # (B, K, 2, F) the last frames, game units; where memory is carried only one
         clock: Tensor,      # (B, 5, 2) a `Clock`
         stage: Tensor,      # (B,)
         controls: Tensor,   # (B, 2, 13) of the coming frame
         noise: Tensor,      # (B, 2, n) on logits; zeros take the likeliest
-    ) -> tuple[Tensor, Tensor]:   # the coming frame (B, 2, F), and the clock after it
+        *memory: Tensor,    # what a recurrent model carries, two tensors a layer
+    ) -> tuple[Tensor, ...]:      # the coming frame (B, 2, F), the clock after it, the memory after it
         columns, stage = columns_in(frames, self.fields), stage.long()
         window = encode(columns, stage[:, None].expand(frames.shape[:2]), self.model.layout)
         now = Clock(*(t if n == "age_step" else t.long() for n, t in zip(Clock._fields, clock.unbind(1))))
         self.world.model = _Doubtful(self.model, noise)
-        self.world._state = WorldState(window, {n: v[:, -1] for n, v in columns.items()}, now)
-        frame = World.step.__wrapped__(self.world, controls)
-        return as_floats(frame, self.fields), torch.stack([t.float() for t in self.world._state.clock], 1)
+        self.world._state = WorldState(window, {n: v[:, -1] for n, v in columns.items()}, now, tuple(BlockState(*layer) for layer in zip(memory[::2], memory[1::2])))
+        self.world._kept = True
+        frame, after = World.step.__wrapped__(self.world, controls), self.world._state
+        return as_floats(frame, self.fields), torch.stack([t.float() for t in after.clock], 1), *(t for layer in after.memory or () for t in layer)
 
 # %% ../nbs/74_static.ipynb #0007
 def beginning(model: nn.Module, stage: int, frames: int, characters: tuple[int, int] = (2, 20)) -> tuple[Tensor, Tensor]:   # (frames, 2, F), (5, 2)
@@ -140,12 +146,12 @@ def to_onnx(
 ):                               # an onnx.ModelProto
     "A module as an ONNX graph with all constants folded. Raises `UserError` where the packages for it are missing."
     onnx, runtime, onnxscript = _needed()
-    batch = torch.export.Dim("B", min=1, max=4096)
-    module.eval()(**inputs)      # tables that are made once must not be made by the exporter, whose tensors hold nothing
+    batch, named = torch.export.Dim("B", min=1, max=4096), module.forward.__code__.co_argcount - 1
+    module.eval()(*inputs.values())      # tables that are made once must not be made by the exporter, whose tensors hold nothing
     with _quietly(), TemporaryDirectory() as folder:
         raw, folded = f"{folder}/raw.onnx", f"{folder}/folded.onnx"
         torch.onnx.export(module, tuple(inputs.values()), raw, dynamo=True, optimize=False, external_data=False, verbose=False, input_names=list(inputs), output_names=outputs,
-            dynamic_shapes=({0: batch},)*len(inputs) if free else None, custom_translation_table=_translations(onnxscript))
+            dynamic_shapes=(*({0: batch},)*named, *[({0: batch},)*(len(inputs) - named)][:len(inputs) - named]) if free else None, custom_translation_table=_translations(onnxscript))
         options = runtime.SessionOptions()
         options.graph_optimization_level, options.optimized_model_filepath, options.log_severity_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC, folded, 3
         runtime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
@@ -197,6 +203,24 @@ class OnnxStep:
     def __call__(self, **inputs: Tensor) -> list[Tensor]:
         return [torch.from_numpy(v) for v in self.session.run(None, {n: t.numpy() for n, t in inputs.items()})]
 
+class OnnxWorld:
+    "Matches carried on from where a `World` is, by a graph in place of PyTorch: `step` alone, without dice or a way back. Raises `UserError` where no memory is carried."
+    def __init__(self, world: World):
+        if world.memory != "state": raise UserError("no memory to carry", world.config.name, expected="a world with memory='state'", got=f"memory='{world.memory}'")
+        state, step = world.state, Step(world.model, "state")
+        memory = {f"memory{i}": t.clone() for i, t in enumerate(t for layer in state.memory for t in layer)}
+        noise = torch.zeros(len(state.window.stage), 2, sum(HEADS[n].width for n in doubtful(world.config.model.heads)))
+        self.inputs = dict(frames=as_floats(state.frame, step.fields)[:, None], clock=torch.stack([t.float() for t in state.clock], 1), stage=state.window.stage[:, -1].float(), controls=torch.zeros(len(noise), 2, 13), noise=noise) | memory
+        fallen = self.inputs["frames"].clone(); fallen[..., step.fields.index("y")] = -300.
+        with torch.no_grad(): step(*(self.inputs | {"frames": fallen}).values())   # every rule has its say, so that its tables are there
+        self.graph, self.fields = OnnxStep(to_onnx(step, self.inputs, ["frame", "next_clock", *(f"next_{n}" for n in memory)], free=False)), step.fields
+
+    def step(self, controls: Tensor) -> dict[str, Tensor]:   # (B, 2, 13) to every field, each (B, 2)
+        "The next frame of every match."
+        frame, clock, *memory = self.graph(**self.inputs | {"controls": controls})
+        self.inputs |= dict(frames=frame[:, None], clock=clock) | {f"memory{i}": t for i, t in enumerate(memory)}
+        return columns_in(frame, self.fields)
+
 def differences(ours: Tensor, theirs: Tensor, fields: list[str]) -> tuple[Tensor, Tensor]:   # each (...) for frames (..., 2, F)
     "The largest difference of a number in each frame, and how many ids and bits differ."
     exact = torch.tensor([BY_NAME[n].kind in ("category", "binary") for n in fields])
@@ -247,6 +271,7 @@ def _fill(folder: Path, model: nn.Module, policies: dict[str, nn.Module]) -> Non
         shutil.copyfile(source, target)
     told, inputs = engine_json(model, policies), example(model)
     step = Step(model).eval()
+    if step.world.memory != "window": raise UserError("only models of a window run in a page", model.config.name, expected="memory window", got=f"memory {step.world.memory}", do="use `melee-wm play`, whose server steps every model")
     (folder/"world.onnx").write_bytes(_checked(to_onnx(step, inputs, ["frame", "next_clock"]), step, inputs))
     for (name, policy), fighter in zip(policies.items(), told["fighters"].values()):
         act, frames = Act(policy, model.layout).eval(), torch.stack([beginning(model, stage, policy.frames)[0] for stage in (31, 32)])

@@ -14,12 +14,17 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package)
 
 from melee_wm.checkpoint import load_model
+from melee_wm.config import load_config
 from melee_wm.core import UserError, json_safe
+from melee_wm.encoding import columns_of
 from melee_wm.export import made_rollout, read_rollout, rollout_json
 from melee_wm.fields import BY_NAME, CONTROLS
+from melee_wm.mamba2 import build_model
 from melee_wm.match import Random
+from melee_wm.slp import read_slp
 from melee_wm.static import (
     TOLERANCE,
+    OnnxWorld,
     Step,
     beginning,
     columns_in,
@@ -27,6 +32,7 @@ from melee_wm.static import (
     example,
     export_page,
 )
+from melee_wm.world import World, replayed_controls, seed_windows
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -213,3 +219,15 @@ def test_the_page_plays(page):
     with page.expect_download() as kept:
         page.click("#download-json")
     assert json.loads(Path(kept.value.path()).read_text())["schema"] == "melee-wm-rollout/1"
+
+
+def test_a_recurrent_world_as_a_graph_plays_the_same_match(practice_slp):
+    config = load_config("mamba2-1a", ["model.d_model=64", "model.n_layers=2", "model.d_state=16", "model.headdim=16"])
+    torch.manual_seed(0)
+    world, game = World(build_model(config), memory="state"), read_slp(practice_slp)
+    columns, starts = columns_of(game, world.layout), np.array([200, 900])
+    world.reset(seed_windows(columns, starts, world.context_len), torch.full((2,), game.stage))
+    controls, graph = replayed_controls(columns, starts, 60), OnnxWorld(world)
+    for t in range(60):
+        ours, theirs = world.step(controls[:, t]), graph.step(controls[:, t])
+        for name, value in ours.items(): torch.testing.assert_close(theirs[name].float(), value.float(), atol=1e-3, rtol=1e-4, msg=f"{name} at frame {t}")

@@ -12,7 +12,7 @@ from melee_wm.melee import STAGES
 from melee_wm.practice import practice_match
 from melee_wm.world import World, replayed_controls, seed_windows
 
-NAMES = [n for n in experiment_names() if n not in ("mamba2-large", "mamba2-medium-gpu")]   # the same code, only wider
+NAMES = [n for n in experiment_names() if n not in ("mamba2-large", "mamba2-medium-gpu", "mamba2-22k-ss", "mamba2-22k-noss")]   # the same code, only wider
 
 
 @pytest.fixture(scope="module")
