@@ -9,7 +9,6 @@ __all__ = ['PARENT', 'notebook_parameters', 'check_parameters', 'begin', 'execut
 import ast, os, signal, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
-import nbformat
 from IPython import get_ipython
 from filelock import FileLock, Timeout
 from jinja2 import DictLoader
@@ -20,6 +19,7 @@ from .core import UserError, atomic_write, project_root
 # %% ../nbs/58_execute.ipynb #0007
 def notebook_parameters(notebook) -> set[str]:
     "Names of the parameters of a run notebook. Raises `UserError` where there is no cell tagged `parameters`."
+    import nbformat     # here, because it takes long to load and a run's kernel does not need it
     path = Path(notebook)
     if not path.is_file(): raise UserError("no such notebook", path)
     tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
@@ -150,6 +150,7 @@ _PAGE = """{%- extends 'lab/index.html.j2' -%}
 
 def write_html(notebook, path=None) -> Path:
     "A notebook as one HTML file beside it (or at `path`) that needs nothing else: code folded away, no link to any server."
+    import nbformat
     from nbconvert import HTMLExporter
     path = Path(path or Path(notebook).with_suffix(".html"))
     exporter = HTMLExporter(extra_loaders=[DictLoader({"report.html.j2": _PAGE})], template_file="report.html.j2", embed_images=True)

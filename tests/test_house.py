@@ -132,7 +132,7 @@ def test_every_command_in_the_readme_exists():
     "Each `melee-wm ...` line of the README names a command and options that the program has."
     for line in sorted(set(re.findall(r"^(?:\S*/)?melee-wm [^\n#]+", (ROOT / "README.md").read_text(), re.M))):
         words = line.split()[1:]
-        command = words[:2] if words[0] in ("data", "policy") else words[:1]
+        command = words[:2] if words[0] in ("data", "policy", "card", "runs") else words[:1]
         help_text = subprocess.run([sys.executable, "-m", "melee_wm", *command, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert help_text.returncode == 0, f"{line}: no such command"
         for option in re.findall(r"--[a-z-]+", line):
