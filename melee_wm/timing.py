@@ -9,7 +9,7 @@ __all__ = ['TEAM', 'team_table', 'DataFacts', 'stand_in', 'data_facts', 'Hardwar
            'recommended_epochs', 'policy_estimate']
 
 # %% ../nbs/75_timing.ipynb #0002
-import json, re, statistics, time
+import json, re, statistics, sys, time
 from functools import cache
 from itertools import islice
 from math import ceil, exp, log
@@ -210,6 +210,7 @@ def stored_probe(config: Config, device: str) -> StepTime | None:
 def probe(config: Config, data: str | Path, device: str = "auto", seconds: float = 5.) -> StepTime:
     "Train for some seconds and throw the weights away; keep the time of a step. Raises `UserError` where the games cannot be had."
     device, path = choose_device(device), run_folder("timings.json")
+    print(f"measuring how long a step of {config.name} takes on this machine (once) ...", file=sys.stderr, flush=True)
     spent, count = measured_steps(config, data, device, seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(".timings.lock")):
