@@ -99,6 +99,7 @@ def data_fetch(
     result = fetch(name, output)
     print_json(result) if json_ else print(fetched_text(result))
 
+# %% ../nbs/92_cli.ipynb #0011
 @data_app.command("upload")
 def data_upload(
     source: Annotated[Path, Argument(metavar="DIR|ARCHIVE", help="a parsed dataset, a folder of replays, or an archive of either")],
@@ -107,7 +108,7 @@ def data_upload(
     from melee_wm.remote import upload
     print(f"on the volume: {(place := upload(source, name or ''))}; next: modal run -m melee_wm.remote::pre_encode --source {place} --output shards/NAME --experiment EXPERIMENT")
 
-# %% ../nbs/92_cli.ipynb #0011
+# %% ../nbs/92_cli.ipynb #0013
 @app.command()
 def encode(
     source: Annotated[Path, Argument(metavar="DIR|FILE.pt", help="a parsed dataset, or an encoded file of the predecessor")],
@@ -129,7 +130,7 @@ def encode(
     for why, n in index["refused"].items(): print(f"refused: {n} x {why}")
     for name, why in index.get("untrusted", {}).items(): print(f"not to be trusted: {name}: {why}")
 
-# %% ../nbs/92_cli.ipynb #0012
+# %% ../nbs/92_cli.ipynb #0014
 @app.command()
 def experiments(json_: JsonFlag = False):
     "List the experiments that ship with the package. Example: melee-wm experiments"
@@ -163,7 +164,7 @@ def describe(
     print(f"model       {model['arch']}, {model['context_len']} frames of context, {model['parameters']:,} parameters")
     print(f"heads       {sum(result['heads'].values()):,} outputs: " + ", ".join(f"{k} {v}" for k, v in result["heads"].items()))
 
-# %% ../nbs/92_cli.ipynb #0016
+# %% ../nbs/92_cli.ipynb #0018
 @app.command()
 def train(
     experiment: Annotated[str, Argument(metavar="NAME|YAML", help="an experiment's name or YAML file")],
@@ -182,7 +183,7 @@ def train(
     with allowed(config, data, folder, device, override) as (config, launch): code = train_run(config, data, folder, device, tracking, bool(resume), launch)
     raise typer.Exit(code)
 
-# %% ../nbs/92_cli.ipynb #0018
+# %% ../nbs/92_cli.ipynb #0020
 def _selected(folder: Path, split: str, games: Path | None, manifest: dict) -> list[str]:
     "MD5s of the games to evaluate on: those listed in `games`, else those of the run's split."
     from melee_wm.shards import dataset_records
@@ -219,7 +220,7 @@ def eval_(
     print(scorecard(result))
     if dreams: print("\n" + dream_text(result) + "\n\n" + calibration_text(result["calibration"]))
 
-# %% ../nbs/92_cli.ipynb #0020
+# %% ../nbs/92_cli.ipynb #0022
 @app.command()
 def rollout(
     model: Annotated[str, Argument(metavar="RUN|CHECKPOINT", help="a run's name or folder, or a .safetensors file")],
@@ -243,7 +244,7 @@ def rollout(
     write_rollout(dream, output)
     print(f"{frames} frames dreamt on from frame {start} in {output}")
 
-# %% ../nbs/92_cli.ipynb #0022
+# %% ../nbs/92_cli.ipynb #0024
 def _lintable(files: list[Path], wanted: set[str] | None):
     "(name, columns, stage, first frame's number) of every replay and rollout; with `wanted`, of the replays with these MD5s."
     import hashlib, tempfile
@@ -286,7 +287,7 @@ def lint(
     for name, report in reports.items():
         for place in report.worst[:1]: print(f"worst of {name}: from frame {place['frame']}, player {place['player']}: " + ", ".join(f"{n} {k}" for n, k in place["broken"].items()))
 
-# %% ../nbs/92_cli.ipynb #0025
+# %% ../nbs/92_cli.ipynb #0027
 PRACTICE_GAMES = 32
 
 def _free_name(folder: Path) -> Path:
@@ -323,7 +324,7 @@ def _finish_demo(run_dir: Path) -> None:
     print(f"\n4. What you have now\n   {run_dir/'notebook.html'}   the report: open it in a browser\n   {run_dir/'rollout.slp'}   a match it dreamt: open it in Slippi's tools or slippilab.com\n   {run_dir}/checkpoints/   the weights\n"
           f"\nNext: melee-wm rollout {run_dir} --output dream.slp   ·   melee-wm experiments   ·   the book in nbs/")
 
-# %% ../nbs/92_cli.ipynb #0027
+# %% ../nbs/92_cli.ipynb #0029
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, Argument(metavar="FILE.pt", help="a checkpoint of the predecessor")],
@@ -350,7 +351,7 @@ def bench(
     report = run_bench(BENCHES | PLAY_BENCHES, names or ["all"], replays, games, repeats)
     print_json(report) if json_ else print(bench_table(report))
 
-# %% ../nbs/92_cli.ipynb #0029
+# %% ../nbs/92_cli.ipynb #0031
 def diagnosis() -> list[tuple[str, str, str]]:
     "(thing, what was found or '', what to do where it is missing) for everything the project can use."
     import torch

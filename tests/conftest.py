@@ -45,6 +45,18 @@ def practice_slp(tmp_path_factory) -> Path:
     return write_practice(tmp_path_factory.mktemp("practice"), games=1, seed=0)[0]
 
 
+# The files that take longest come first, so that with `-n 2` no process is left alone with one of them at the end.
+LONGEST = ["test_house", "test_demo", "test_runs", "test_train", "test_static", "test_remote", "test_ssh", "test_launch", "test_resume", "test_play", "test_page", "test_site", "test_batches"]
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"): config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_addoption(parser):
     parser.addoption("--mutations", type=int, default=40, help="how many damaged replays tests/test_fuzz.py makes (in full: 1000)")
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills training processes (in full: 20)")

@@ -22,7 +22,7 @@ def demo(folder: Path, *options: str) -> str:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "first"
-    return folder, demo(folder, "--minutes", "1")
+    return folder, demo(folder, "--minutes", ".5")
 
 
 @pytest.mark.timeout(900)
