@@ -213,13 +213,16 @@ class OnnxWorld:
         self.inputs = dict(frames=as_floats(state.frame, step.fields)[:, None], clock=torch.stack([t.float() for t in state.clock], 1), stage=state.window.stage[:, -1].float(), controls=torch.zeros(len(noise), 2, 13), noise=noise) | memory
         fallen = self.inputs["frames"].clone(); fallen[..., step.fields.index("y")] = -300.
         with torch.no_grad(): step(*(self.inputs | {"frames": fallen}).values())   # every rule has its say, so that its tables are there
-        self.graph, self.fields = OnnxStep(to_onnx(step, self.inputs, ["frame", "next_clock", *(f"next_{n}" for n in memory)], free=False)), step.fields
+        self.session = OnnxStep(to_onnx(step, self.inputs, ["frame", "next_clock", *(f"next_{n}" for n in memory)], free=False)).session
+        self.fields, self.inputs = step.fields, {n: t.numpy() for n, t in self.inputs.items()}
 
     def step(self, controls: Tensor) -> dict[str, Tensor]:   # (B, 2, 13) to every field, each (B, 2)
         "The next frame of every match."
-        frame, clock, *memory = self.graph(**self.inputs | {"controls": controls})
-        self.inputs |= dict(frames=frame[:, None], clock=clock) | {f"memory{i}": t for i, t in enumerate(memory)}
-        return columns_in(frame, self.fields)
+        self.inputs["controls"] = controls.numpy()
+        frame, self.inputs["clock"], *memory = self.session.run(None, self.inputs)
+        self.inputs["frames"] = frame[:, None]
+        for i, values in enumerate(memory): self.inputs[f"memory{i}"] = values
+        return columns_in(torch.from_numpy(frame), self.fields)
 
 def differences(ours: Tensor, theirs: Tensor, fields: list[str]) -> tuple[Tensor, Tensor]:   # each (...) for frames (..., 2, F)
     "The largest difference of a number in each frame, and how many ids and bits differ."
