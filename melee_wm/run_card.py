@@ -136,6 +136,7 @@ def _timing_flags(p: Plan) -> list[str]:
     e, t, limit = p.estimate, p.config.training, p.hardware.limit_hours
     timeout, found = e.timeout_seconds/3600, []
     if e.log_seconds > SILENCE: found.append(f"{e.log_seconds:,.0f} s between log lines, more than {SILENCE:.0f}: set training.log_interval={max(1, min(1000, int(SILENCE/e.batch_seconds)))}")
+    if not e.logs_per_epoch: found.append(f"no log line within an epoch of {e.batches:,} batches: training.log_interval is {t.log_interval:,}")
     if p.hardware.paid and e.timeout_margin < SHORT_TIMEOUT: found.append(f"the timeout is only {e.timeout_margin:.1f}x the estimate")
     if p.hardware.paid and e.timeout_capped: found.append(f"the timeout is cut off at the platform's {limit:.0f} h: three times the estimate would be {e.uncapped_timeout_hours:.1f} h")
     if p.hardware.paid and timeout < e.pessimistic_hours[1]: found.append(f"the timeout of {timeout:.0f} h does not cover the pessimistic estimate, {pessimistic_text(e)}")

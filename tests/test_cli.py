@@ -106,7 +106,8 @@ def test_doctor_runs():
     assert done.returncode == 0 and "torch" in done.stdout
 
 
-def test_encode_bench_and_sources(tmp_path):
+def test_encode_bench_and_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("MELEE_WM_RUNS", str(tmp_path/"runs"))
     from melee_wm.build import build
     from melee_wm.practice import write_practice
     write_practice(tmp_path/"slp", games=2, seed=0, frames=1600)
