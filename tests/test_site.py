@@ -175,7 +175,7 @@ def reader(browser, site, server):
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda r: notes["requests"].append(r.url))
-        page.on("requestfailed", lambda r: notes["errors"].append(r.url))
+        page.on("requestfailed", lambda r: notes["errors"].append(r.url) if r.failure != "net::ERR_ABORTED" else None)   # left before a picture had come
         page.on("pageerror", lambda e: notes["errors"].append(str(e)))
         page.on("console", lambda m: notes["errors"].append(m.text) if m.type == "error" else None)
         page.goto((site.as_uri() + "/" if origin == "file" else server) + path)
