@@ -53,10 +53,9 @@ def allowed(config: Config, data, run_dir, device: str = "auto", override: str |
     from melee_wm.cards import close, mark, read_card
     from melee_wm.checkpoint import read_manifest
     from melee_wm.gate import gate, with_card_kill
-    if int(os.environ.get("RANK", 0)): yield config, {}; return
     permission = gate(config, data, "local", override, device)
-    if not permission.card_id: yield config, permission.launch; return
-    config = with_card_kill(config, read_card(permission.card_id)[0])
+    if permission.card_id: config = with_card_kill(config, read_card(permission.card_id)[0])
+    if not permission.card_id or int(os.environ.get("RANK", 0)): yield config, permission.launch; return
     mark(permission.card_id, "launched", permission.override)
     try: yield config, permission.launch
     finally:
