@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'MANIFEST_KEYS', 'content_hash', 'write_tensors', 'read_tensors', 'describe_checkpoint', 'save_checkpoint',
            'find_checkpoint', 'read_description', 'load_model', 'ship', 'TrainingState', 'training_state', 'restore',
-           'save_training_state', 'has_training_state', 'load_training_state', 'try_save', 'now', 'read_manifest',
-           'update_manifest', 'code_version', 'machine', 'versions']
+           'sweep', 'save_training_state', 'has_training_state', 'load_training_state', 'try_save', 'now',
+           'read_manifest', 'update_manifest', 'code_version', 'machine', 'versions']
 
 # %% ../nbs/50_checkpoint.ipynb #0002
 from .core import UserError, atomic_write, project_root, setting, write_json
@@ -169,7 +169,8 @@ def restore(state: TrainingState, model: nn.Module, optimizer: torch.optim.AdamW
 # %% ../nbs/50_checkpoint.ipynb #0021
 _STATES = ("latest.trainer.safetensors", "previous.trainer.safetensors")
 
-def _sweep(folder):
+def sweep(folder):
+    "Remove what writers that were killed left in a folder."
     for litter in Path(folder).glob(".*.tmp"): litter.unlink(missing_ok=True)
 
 def _second_name(path, other):
@@ -181,13 +182,13 @@ def save_training_state(folder, state: TrainingState):
     latest, previous = (Path(folder)/name for name in _STATES)
     kept = latest.with_name(".kept.tmp")
     data = _as_bytes(*state)
-    _sweep(folder)   # what killed writers left
+    sweep(folder)
     try:
         with atomic_write(latest) as temporary:
             temporary.write_bytes(data)
             if latest.is_file(): _second_name(latest, kept)
         if kept.is_file(): os.replace(kept, previous)
-    finally: _sweep(folder)
+    finally: sweep(folder)
 
 def has_training_state(folder) -> bool:
     "Whether there is a training state to resume from."

@@ -23,7 +23,7 @@ from .symmetry import mirror_controls
 from .packed import Games
 from .batches import batch_count, epoch_starts, from_games, window_count
 from .shards import dataset_games, dataset_records
-from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, restore, save_checkpoint, save_training_state, training_state, try_save
+from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, restore, save_checkpoint, save_training_state, sweep, training_state, try_save
 from .track import Tracker
 from .step import step_seed
 from .train import Outcome, Position, is_better, progress_of, rate_factor, reason_to_stop, resumed_position, stop_signals
@@ -177,6 +177,7 @@ def imitate(
     "Train a policy. Raises `UserError` where a run cannot be resumed with this experiment and data."
     folder, t, log = Path(folder), config.training, tracker.log if tracker else lambda *_, **__: None
     state = load_training_state(folder) if resume else None
+    if resume: sweep(folder)
     p, ended = resumed_position(state.values, config, train_games.fingerprint, folder) if state else Position(), None
     torch.manual_seed(t.seed)
     model = build_policy(config).to(device)
@@ -187,8 +188,8 @@ def imitate(
     def checkpoint(name): save_checkpoint(folder, name, model, describe_checkpoint(config, p.epoch, p.step, json_safe(p.epochs[-1] if p.epochs else {}), train_games.fingerprint, folder.parent.name))
     def keep(p):
         plain = p._replace(**{k: {n: (float(s), float(c)) for n, (s, c) in getattr(p, k).items()} for k in ("sums", "recent")})
+        checkpoint("latest")    # first: a kill between the two is made good by the resumed run
         save_training_state(folder, training_state(model, optimizer, {"config": to_dict(config), "fingerprint": train_games.fingerprint, "position": json_safe(plain._asdict())}))
-        checkpoint("latest")
     def attempt(save):
         if reason := try_save(save): print(f"NO CHECKPOINT at step {p.step}: {reason}", file=sys.stderr, flush=True)
     with stop_signals() as stopped, tqdm(total=per_epoch*t.epochs, initial=p.step, desc=config.name, unit="step", mininterval=1, disable=not progress) as bar:

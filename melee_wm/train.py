@@ -21,7 +21,7 @@ from .packed import Games
 from .mamba2 import build_model, keep_memory
 from .metrics import batch_metrics
 from .devices import Team, add_up_over, agree, average_gradients, broadcast_weights, join_rows, join_team, memory_advice, of_main, out_of_memory, share_of
-from .checkpoint import describe_checkpoint, has_training_state, load_training_state, restore, save_checkpoint, save_training_state, training_state, try_save
+from .checkpoint import describe_checkpoint, has_training_state, load_training_state, restore, save_checkpoint, save_training_state, sweep, training_state, try_save
 from .track import Tracker, read_metrics
 from .step import Moment, State, empty_memory, feed, learn, step_count, step_seed
 from .validate import add_up, means, measure, measure_rollout
@@ -216,13 +216,13 @@ class _Keeper(NamedTuple):
         if self.learner.team.is_main: save_checkpoint(self.folder, name, self.learner.model, describe_checkpoint(self.learner.config, p.epoch, p.step, json_safe(p.epochs[-1] if p.epochs else {}), self.fingerprint, self.folder.parent.name))
 
     def state(self, p: Position, memory: State | None):
-        "Everything that continues the run, then the latest weights. All processes of a team take part."
+        "The latest weights, then everything that continues the run: a kill between the two is made good by the resumed run. All processes of a team take part."
         model, optimizer, _, config, team = self.learner
         memory = memory and tuple(type(layer)(*(join_rows(team, v, config.training.batch_size) for v in layer)) for layer in memory)
         p = p._replace(**{k: _plain(v) for k, v in (("sums", p.sums), ("recent", add_up_over(team, p.recent)))})
         if not team.is_main: return
-        save_training_state(self.folder, training_state(model, optimizer, {"config": to_dict(config), "fingerprint": self.fingerprint, "position": json_safe(p._asdict())}, memory))
         self.checkpoint("latest", p)
+        save_training_state(self.folder, training_state(model, optimizer, {"config": to_dict(config), "fingerprint": self.fingerprint, "position": json_safe(p._asdict())}, memory))
 
     def attempt(self, p: Position, save: Callable[[], None]):
         "Save; where the disk does not take it, say so and keep what there was."
@@ -234,6 +234,7 @@ def _begin(config: Config, train_games: Games, folder: Path, resume: bool, team:
     "A fresh run, or one that goes on."
     t, fingerprint = config.training, train_games.fingerprint
     state = load_training_state(folder) if resume else None
+    if resume and team.is_main: sweep(folder)
     p = resumed_position(state.values, config, fingerprint, folder) if state else Position()
     keep_memory(); torch.manual_seed(t.seed)
     model = build_model(config).to(team.device)

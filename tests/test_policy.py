@@ -1,5 +1,6 @@
 "Fighters: what they see, how they decide, how they learn, and what the one in the package is worth."
 import melee_wm.core
+import melee_wm.imitate
 import json
 import os
 import re
@@ -195,6 +196,18 @@ def test_learns(kind, matches, tmp_path):
     after = outcome.position.epochs[-1]
     assert outcome.status == "finished" and after["val_loss/total"] < .95*before and {"metric/stick_mae", "metric/button_acc", "metric/button_pressed_acc", "val_metric/change_acc"} <= set(after)
     assert (tmp_path/"best.safetensors").is_file() and (tmp_path/"final.safetensors").is_file()
+
+
+def test_the_state_is_saved_after_the_weights_it_belongs_to(matches, tmp_path, monkeypatch):
+    "So a kill between the two leaves weights that the resumed run writes again."
+    config, steps, save = small("classes", "training.epochs=2"), [], melee_wm.imitate.save_training_state
+    games = from_games(matches, build_policy(config).layout)
+    def saves(folder, state):
+        assert read_tensors(folder/"latest.safetensors")[1]["step"] == state.values["position"]["step"]
+        steps.append(state.values["position"]["step"]); save(folder, state)
+    monkeypatch.setattr(melee_wm.imitate, "save_training_state", saves)
+    imitate(config, games, None, tmp_path, progress=False)
+    assert len(steps) == 2 and steps[1] == 2*steps[0]
 
 
 def test_stopped_and_resumed_is_the_same_run(matches, tmp_path):

@@ -133,6 +133,24 @@ def kill_and_resume(folder: Path, mode: str, kills: int, chance: random.Random) 
     return done
 
 
+def kill_in_last_save(folder: Path) -> int:
+    "A run that nobody disturbs, and its last steps as often as they have file operations, killed at one operation after another; how many there were."
+    config = load_config("toy", [*SMALL, *MLP, "training.batch_size=48", "training.log_interval=1", "training.checkpoint_minutes=0.0001"])
+    some, straight, kills = (games(config)[1], None), folder / "straight", 0
+    learn(straight, config, some)    # in this process: its children then have everything loaded
+    while True:
+        killed = folder / f"killed{kills}"
+        shutil.copytree(straight, killed)
+        os.replace(killed / "checkpoints" / "previous.trainer.safetensors", killed / "checkpoints" / "latest.trainer.safetensors")
+        for name in ("latest", "final"): (killed / "checkpoints" / f"{name}.safetensors").unlink()
+        def go_on():
+            die_while_writing(kills + 1)
+            learn(killed, config, some)
+        if in_child(go_on): return kills
+        assert in_child(lambda: learn(killed, config, some))
+        kills += 1
+
+
 class Enough(Exception):
     "The team goes home after its first epoch."
 
@@ -161,32 +179,48 @@ def differences(a: dict, b: dict) -> list[str]:
     return [n for n in {**a, **b} if n not in a or n not in b or a[n].shape != b[n].shape or a[n].dtype != b[n].dtype or not torch.equal(bits(a[n]), bits(b[n]))]
 
 
+def program(*arguments: str) -> str:
+    "This file as a program; what it printed."
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=800, env=environment)
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    return done.stdout
+
+
+def assert_same_run(straight: Path, resumed: Path, story):
+    a, b = (load_training_state(run / "checkpoints") for run in (straight, resumed))
+    assert not differences(a.tensors, b.tensors), story
+    assert any(n.startswith("optimizer.") for n in a.tensors)
+    assert without_clocks(a.values["position"]) == without_clocks(b.values["position"]), story
+    for name in ("best", "final", "latest"):
+        (weights, said), (others, also) = (read_tensors(run / "checkpoints" / f"{name}.safetensors") for run in (straight, resumed))
+        assert not differences(weights, others) and without_clocks(said["metrics"]) == without_clocks(also["metrics"]), (name, story)
+    assert without_clocks(read_metrics(straight)) == without_clocks(read_metrics(resumed)), story
+    assert len(read_metrics(straight, "epoch")) == 2 and len(read_metrics(straight, "batch")) >= 5
+    assert not list((resumed / "checkpoints").glob(".*.tmp"))   # what kills left is swept away
+
+
 @pytest.fixture(scope="module")
 def killed(request, tmp_path_factory) -> tuple[Path, dict]:
     "All runs, straight and killed, made by one process and its children; what was done to each mode."
     folder, plan, seed = tmp_path_factory.mktemp("killed"), shared_out(request.config.getoption("--kills")), time.time_ns() % 10**6
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, __file__, "kill", str(folder), str(seed), json.dumps(plan)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    print(done.stdout)
-    return folder, json.loads(done.stdout)
+    print(said := program(__file__, "kill", str(folder), str(seed), json.dumps(plan)))
+    return folder, json.loads(said)
 
 
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_to_the_bit(mode, killed, request):
     folder, story = killed
     assert len(story[mode]) == shared_out(request.config.getoption("--kills"))[mode]
-    straight, resumed = folder / mode / "straight", folder / mode / "killed"
-    a, b = (load_training_state(run / "checkpoints") for run in (straight, resumed))
-    assert not differences(a.tensors, b.tensors), story[mode]
-    assert any(n.startswith("memory.") for n in a.tensors) == ("sequences" in mode) and any(n.startswith("optimizer.") for n in a.tensors)
-    assert without_clocks(a.values["position"]) == without_clocks(b.values["position"]), story[mode]
-    for name in ("best", "final", "latest"):
-        (weights, said), (others, also) = (read_tensors(run / "checkpoints" / f"{name}.safetensors") for run in (straight, resumed))
-        assert not differences(weights, others) and without_clocks(said["metrics"]) == without_clocks(also["metrics"]), (name, story[mode])
-    assert without_clocks(read_metrics(straight)) == without_clocks(read_metrics(resumed)), story[mode]
-    assert len(read_metrics(straight, "epoch")) == 2 and len(read_metrics(straight, "batch")) >= 5
-    assert not list((resumed / "checkpoints").glob(".*.tmp"))   # what kills left is swept away
+    assert_same_run(folder / mode / "straight", folder / mode / "killed", story[mode])
+    assert any(n.startswith("memory.") for n in load_training_state(folder / mode / "killed" / "checkpoints").tensors) == ("sequences" in mode)
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_every_file_operation_of_the_last_save(tmp_path):
+    kills = int(program(__file__, "last", str(tmp_path)))
+    assert kills >= 12
+    for i in range(kills): assert_same_run(tmp_path / "straight", tmp_path / f"killed{i}", f"file operation {i + 1} of {kills}")
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +274,7 @@ TEAM_MODES = ["windows, mlp", "sequences, mamba2"]
 def team(tmp_path_factory) -> Path:
     "An epoch of each mode, trained by two processes."
     folder = tmp_path_factory.mktemp("team")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "team", str(folder), *TEAM_MODES], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    program("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "team", str(folder), *TEAM_MODES)
     return folder
 
 
@@ -269,4 +301,5 @@ if __name__ == "__main__":
     if what == "team":
         as_a_team(Path(folder), rest)
         leave(Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))))
+    elif what == "last": print(kill_in_last_save(Path(folder)))
     else: print(json.dumps({mode: kill_and_resume(Path(folder) / mode, mode, kills, random.Random(f"{rest[0]} {mode}")) for mode, kills in json.loads(rest[1]).items()}))
