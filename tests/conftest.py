@@ -45,6 +45,17 @@ def practice_slp(tmp_path_factory) -> Path:
     return write_practice(tmp_path_factory.mktemp("practice"), games=1, seed=0)[0]
 
 
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    "A parsed dataset of three synthetic practice matches."
+    from melee_wm.build import build
+    from melee_wm.practice import write_practice
+    folder = tmp_path_factory.mktemp("dataset")
+    write_practice(folder / "slp", games=3, seed=0)
+    build([folder / "slp"], folder / "data", progress=False)
+    return folder / "data"
+
+
 # The files that take longest come first, so that with `-n 2` no process is left alone with one of them at the end.
 LONGEST = ["test_house", "test_demo", "test_runs", "test_train", "test_static", "test_remote", "test_ssh", "test_launch", "test_resume", "test_play", "test_page", "test_site", "test_batches"]
 

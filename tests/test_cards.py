@@ -9,14 +9,13 @@ import pytest
 import yaml
 
 from melee_wm import cards
-from melee_wm.build import build
-from melee_wm.cards import Card, Finding, Review, Target, answer, block, check_cards, close, index, mark, read_card, reviewers_of, settled, sign, write_card
+from melee_wm.cards import Card, Finding, Review, Target, index, new_card, read_card, reviewers_of, write_card
+from melee_wm.review import answer, block, check_cards, close, mark, sign
 from melee_wm.checkpoint import update_manifest
 from melee_wm.config import config_hash, load_config, to_dict
 from melee_wm.core import UserError
 from melee_wm.experiment import run_experiment, run_folder
 from melee_wm.gate import gate, significance, with_card_kill
-from melee_wm.practice import write_practice
 from melee_wm.records import Record, local_records, team_records
 from melee_wm.timing import data_facts, estimate, fit_calibration, hardware, step_time
 
@@ -34,14 +33,6 @@ def folders(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("cards-dataset")
-    write_practice(folder / "slp", games=3, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
-    return folder / "data"
-
-
 def experiment(folder: Path, name="night", **training) -> Path:
     "An experiment that takes a night: a YAML that a test may edit."
     path = folder / f"{name}.yaml"
@@ -53,10 +44,7 @@ def make(path, data="22k", hw_name=GPU, card_id=None, overrides=(), body=None, *
     "A card as its generator makes it, less the prose."
     config = load_config(path, list(overrides))
     facts, hw = data_facts(data, config), hardware(hw_name)
-    card = Card(**{**dict(
-        id=card_id or config.name, kind="policy" if config.plays else "run", created="2026-11-22T05:00:00Z", experiment=str(path), overrides=list(overrides), config_hash=config_hash(config), config=settled(config),
-        epochs=config.training.epochs, hardware=hw_name, data=dict(name=facts.name, games=facts.games, frames=facts.frames, fingerprint=facts.fingerprint), reviewers=reviewers_of("policy" if config.plays else "run"),
-        estimate=estimate(config, facts, hw, step_time(config, hw))._asdict(), kill=to_dict(config)["training"]["kill"]), **values})
+    card = new_card(card_id or config.name, config, path, hw, facts, estimate(config, facts, hw, step_time(config, hw)), overrides, **values)
     write_card(card, body or f"# {card.id}\n\n## Goal\n\nDoes it dream longer?\n\n## Target metrics\n\n| a | table |\n| --- | --- |\n\n## Sign-off\n\n## Review\n")
     return read_card(card.id)[0]
 

@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from melee_wm import launch as launching
-from melee_wm.build import build
-from melee_wm.cards import Card, read_card, reviewers_of, settled, sign, write_card
-from melee_wm.config import config_hash, load_config
+from melee_wm.cards import new_card, read_card, reviewers_of, write_card
+from melee_wm.review import sign
+from melee_wm.config import load_config
 from melee_wm.core import UserError, write_json
 from melee_wm.launch import LIVE, Ended, State, ending, held, holder, launch, start_local, state_of, stop, tail, where_to_look, without_record
-from melee_wm.practice import write_practice
+from melee_wm.timing import data_facts, estimate, hardware, step_time
 from melee_wm.track import read_metrics
 
 SMALL = ["training.epochs=3", "training.batch_size=256", "training.log_interval=4", "model.hidden=[32, 32]", "evaluation.max_starts=20", "training.kill.loss_above=1000"]
@@ -33,14 +33,6 @@ for step in range(1, steps + 1):
     print(f"step {step}", flush=True); time.sleep(.05)
 if last_words: sys.exit(last_words)
 '''
-
-
-@pytest.fixture(scope="session")
-def small_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("launch-dataset")
-    write_practice(folder / "slp", games=2, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +58,9 @@ def go(runs, name, steps=400, last_words="", before=0, pretend=None, **options) 
     return start_local([str(runs / name), str(steps), last_words, str(before)], runs / name, program=pretend, **options)
 
 
-def toy(small_data, name, *overrides) -> list[str]:
+def toy(dataset, name, *overrides) -> list[str]:
     "The words after `melee-wm` for a real training that takes a second."
-    return ["train", "toy", "--data", str(small_data), "--run-name", name, "--device", "cpu", *(word for o in [*SMALL, *overrides] for word in ("--set", o))]
+    return ["train", "toy", "--data", str(dataset), "--run-name", name, "--device", "cpu", *(word for o in [*SMALL, *overrides] for word in ("--set", o))]
 
 
 def wait_for(condition, seconds=120., every=.05):
@@ -90,32 +82,32 @@ def one_line(call) -> str:
 
 # Real trainings
 
-def test_a_run_killed_by_its_cards_threshold_is_told(small_data, runs):
+def test_a_run_killed_by_its_cards_threshold_is_told(dataset, runs):
     "The experiment has no floor; the signed card does, and the training, which nobody watches, obeys it."
     changed = [*SMALL, "training.epochs=2", "training.log_interval=1000"]
     config = load_config("toy", changed)
-    expected = dict(hours=.01, cost=0., pessimistic_hours=(.03, .05), pessimistic_cost=(0., 0.), timeout_seconds=14400)
-    write_card(Card(id="hopeless", kind="run", created="2026-11-22T05:00:00Z", experiment="toy", overrides=changed, config_hash=config_hash(config), config=settled(config), epochs=2, hardware="local", reviewers=reviewers_of("run"),
-        data=dict(name="two games", games=2, frames=20_000), estimate=expected, kill={"floors": {"val_metric/action_change_acc": .999}}), "# hopeless\n\n## Goal\n\nTo be ended.\n")
+    facts, hw = data_facts(dataset, config), hardware("local")
+    card = new_card("hopeless", config, "toy", hw, facts, estimate(config, facts, hw, step_time(config, hw)), changed, kill={"floors": {"val_metric/action_change_acc": .999}})
+    write_card(card, "# hopeless\n\n## Goal\n\nTo be ended.\n")
     for reviewer in reviewers_of("run"): sign("hopeless", reviewer.name)
-    said = one_line(lambda: start_local(toy(small_data, "hopeless", *changed[-2:]), runs / "hopeless"))
+    said = one_line(lambda: start_local(toy(dataset, "hopeless", *changed[-2:]), runs / "hopeless"))
     assert "hopeless was killed" in said and "its floor 0.999" in said and "log.txt" in said
     assert state_of(runs / "hopeless").state == "killed" and beat_of(runs / "hopeless")["exit_code"] == 1
     assert json.loads((runs / "hopeless" / "manifest.json").read_text())["card_id"] == "hopeless" and read_card("hopeless")[0].status == "killed"
 
 
-def test_wandb_that_cannot_start_is_told(small_data, runs, monkeypatch, tmp_path):
+def test_wandb_that_cannot_start_is_told(dataset, runs, monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE"): monkeypatch.delenv(name, raising=False)
     for name in ("NETRC", "WANDB_CONFIG_DIR"): monkeypatch.setenv(name, str(tmp_path / name))      # no key of the machine's owner
-    with pytest.raises(Ended) as caught: start_local([*toy(small_data, "blind"), "--tracking", "online"], runs / "blind")
+    with pytest.raises(Ended) as caught: start_local([*toy(dataset, "blind"), "--tracking", "online"], runs / "blind")
     said = str(caught.value)
     assert "\n" not in said and "blind failed before its first batch: no wandb key (tracking online)" in said and "--tracking off" in said and "log.txt" in said
     assert caught.value.exit_code == 2 and state_of(runs / "blind").state == "failed" and not read_metrics(runs / "blind")
 
 
-def test_a_machine_without_memory_is_told(small_data, runs):
+def test_a_machine_without_memory_is_told(dataset, runs):
     "The training's kernel is ended by signal 9, as Linux does it; the supervisor sees a command that failed, and what it last held."
-    launched = launch(toy(small_data, "large", "training.epochs=2000", "training.log_interval=100000"), runs / "large")
+    launched = launch(toy(dataset, "large", "training.epochs=2000", "training.log_interval=100000"), runs / "large")
     kernel = wait_for(lambda: launched.poll() is None and [p for p in psutil.Process(launched.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())], every=.5)[0]
     kernel.kill()
     said = one_line(lambda: launching._stay(runs / "large", launched, 300, False))

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from melee_wm.build import build
 from melee_wm.checkpoint import update_manifest
 from melee_wm.compare import best_of, compare, comparison_html, comparison_text, verdict
 from melee_wm.config import load_config, to_dict
 from melee_wm.core import UserError
 from melee_wm.experiment import run_experiment
-from melee_wm.practice import write_practice
 from melee_wm.records import (Record, all_records, changes, closest, comparable, config_diff, find_record, local_records, new_features, plain_metrics, runs_table, show, team_records,
                               variables_changed, wandb_record, wandb_records)
 from melee_wm.timing import data_facts, fit_calibration
@@ -29,13 +27,11 @@ SET = "0a1b2c3d4e5f"
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(dataset, tmp_path_factory):
     "A folder of two real finished runs, and the card of one."
     folder = tmp_path_factory.mktemp("records")
-    write_practice(folder / "slp", games=2, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
     for name, more in (("plain", []), ("weights", ["training.loss_weights.action=4"])):
-        run_experiment(load_config("toy", [*SMALL, *more]), folder / "data", folder / "runs" / name, device="cpu", progress=False,
+        run_experiment(load_config("toy", [*SMALL, *more]), dataset, folder / "runs" / name, device="cpu", progress=False,
                        launch={"card_id": "weights", "estimate": {"hours": .001, "cost": 0.}, "price": 0.} if more else None)
     (folder / "cards").mkdir()
     (folder / "cards" / "weights.md").write_text("a card")
@@ -53,11 +49,11 @@ def manifest(folder: Path, name: str, config=TEAM_RUN, **more):
                                           all_epochs=[{"epoch": 1, "val_loss/total": .3}], best={"epoch": 1}, seconds=3600., machine={"gpus": []}, started="2026-11-20T08:00:00Z") | more)
 
 
-def test_a_real_run_becomes_a_record(real, monkeypatch):
+def test_a_real_run_becomes_a_record(real, dataset, monkeypatch):
     monkeypatch.setenv("MELEE_WM_RUNS", str(real / "runs"))
     plain, weights = local_records()
-    assert (plain.name, plain.source, plain.status, plain.experiment, plain.games, plain.epochs, plain.hardware) == ("plain", "local", "finished", "toy", 2, 2, "CPU")
-    assert plain.synthetic and plain.fingerprint == data_facts(real / "data", load_config("toy", SMALL)).fingerprint and plain.hours > 0 and plain.parameters and plain.config_hash != weights.config_hash
+    assert (plain.name, plain.source, plain.status, plain.experiment, plain.games, plain.epochs, plain.hardware) == ("plain", "local", "finished", "toy", 3, 2, "CPU")
+    assert plain.synthetic and plain.fingerprint == data_facts(dataset, load_config("toy", SMALL)).fingerprint and plain.hours > 0 and plain.parameters and plain.config_hash != weights.config_hash
     assert {"action_change_acc", "action_acc", "position_mae", "damage_mae", "val_loss", "rollout_mae_k20"} <= set(plain.metrics) and not any("/" in n for n in plain.metrics)
     assert (weights.card_id, weights.estimate["hours"], weights.cost) == ("weights", .001, 0) and plain.card_id is None
     assert "SYNTHETIC" in show("plain") and "loss: action 2.0 → 4.0" in show("weights") and "estimated 4 s: " in show("weights")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from melee_wm import remote
+from melee_wm import remote, remote_client
 from melee_wm.checkpoint import load_training_state, read_manifest, update_manifest
 from melee_wm.config import config_hash, load_config
 from melee_wm.core import UserError, write_json
@@ -258,29 +258,29 @@ class FolderVolume:
 
 
 def test_up_and_down(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "volume", volume := FolderVolume(tmp_path / "volume"))
-    monkeypatch.setattr(remote, "no_token", lambda: False)
+    monkeypatch.setattr(remote_client, "volume", volume := FolderVolume(tmp_path / "volume"))
+    monkeypatch.setattr(remote_client, "no_token", lambda: False)
     write_practice(tmp_path / "matches", games=1, seed=1)
-    assert remote.upload(tmp_path / "matches") == "uploads/matches.tar"
+    assert remote_client.upload(tmp_path / "matches") == "uploads/matches.tar"
     assert [p.suffix for p in extract(tmp_path / "volume" / "uploads" / "matches.tar").rglob("*") if p.is_file()] == [".slp"]
-    with pytest.raises(UserError, match="taken on the volume.*modal volume rm"): remote.upload(tmp_path / "matches")
-    with pytest.raises(UserError, match="not a place"): remote.upload(tmp_path / "matches", "../x")
+    with pytest.raises(UserError, match="taken on the volume.*modal volume rm"): remote_client.upload(tmp_path / "matches")
+    with pytest.raises(UserError, match="not a place"): remote_client.upload(tmp_path / "matches", "../x")
 
     run = tmp_path / "volume" / "runs" / "night"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "best.safetensors").write_bytes(b"weights")
     (run / ".lock").touch()
     update_manifest(run, status="finished", started="2026-11-22T01:00:00Z", config_hash="a")
-    home = remote.pull("night", tmp_path / "home")
+    home = remote_client.pull("night", tmp_path / "home")
     assert sorted(p.name for p in home.rglob("*") if p.is_file()) == ["best.safetensors", "manifest.json", "pulled.json"] and read_manifest(home)["status"] == "finished"
     volume.reads.clear()
-    remote.pull("night", home)
+    remote_client.pull("night", home)
     assert volume.reads == ["runs/night/manifest.json"]                         # only asked, nothing fetched again
     update_manifest(run, started="2026-11-22T02:00:00Z")
-    with pytest.raises(UserError, match="another run has this name"): remote.pull("night", home)
-    with pytest.raises(UserError, match="no such run on the volume"): remote.pull("day", tmp_path / "day")
+    with pytest.raises(UserError, match="another run has this name"): remote_client.pull("night", home)
+    with pytest.raises(UserError, match="no such run on the volume"): remote_client.pull("day", tmp_path / "day")
     monkeypatch.setattr(volume, "listdir", lambda *a, **k: [SimpleNamespace(path="runs/night/../../../evil", type=SimpleNamespace(name="FILE"), mtime=0, size=1)])
-    remote.pull("night", tmp_path / "other")
+    remote_client.pull("night", tmp_path / "other")
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -311,16 +311,16 @@ def test_every_function_is_a_command_of_modal(nobody):
 def test_without_a_token_from_our_side(nobody, tmp_path):
     config = load_config("toy")
     (tmp_path / "matches.tar").touch()
-    for attempt in (lambda: remote.pull("night", tmp_path), lambda: remote.launch_modal(config, "shards/matches"), lambda: remote.upload(tmp_path / "matches.tar")):
+    for attempt in (lambda: remote_client.pull("night", tmp_path), lambda: remote_client.launch_modal(config, "shards/matches"), lambda: remote_client.upload(tmp_path / "matches.tar")):
         with pytest.raises(UserError, match="Modal does not know this machine.*modal token new"): attempt()
 
 
 def test_a_launch_is_checked_before_modal_is_asked(nobody, tmp_path, monkeypatch):
     config = load_config("toy")
     for wrong, said in ((dict(gpu="H1000"), "unknown hardware"), (dict(seconds=10**7), "86,400"), (dict(run_name="a b"), "not a run's name"), (dict(data="/etc"), "not a place")):
-        with pytest.raises(UserError, match=said): remote.launch_modal(config, **dict(data="shards/a") | wrong)
-    monkeypatch.setattr(remote, "project_root", lambda: tmp_path)
-    with pytest.raises(UserError, match="no clone"): remote.launch_modal(config, "shards/a")
+        with pytest.raises(UserError, match=said): remote_client.launch_modal(config, **dict(data="shards/a") | wrong)
+    monkeypatch.setattr(remote_client, "project_root", lambda: tmp_path)
+    with pytest.raises(UserError, match="no clone"): remote_client.launch_modal(config, "shards/a")
 
 
 def test_what_the_app_asks_for():

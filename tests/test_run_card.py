@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from melee_wm import forcing
-from melee_wm.build import build
-from melee_wm.cards import STATUSES, Finding, mark, own_text, read_card, sign, write_card
+from melee_wm.cards import STATUSES, Finding, own_text, read_card, write_card
+from melee_wm.review import mark, sign
 from melee_wm.config import config_hash, diff, load_config
 from melee_wm.core import UserError
 from melee_wm.experiment import run_experiment, run_folder
 from melee_wm.policy_card import make_policy_card, plan_policy, policy_flags, policy_sections, world_of
-from melee_wm.practice import write_practice
 from melee_wm.records import team_records
 from melee_wm.run_card import SECTIONS, flags, make_run_card, plan_run, remaining, seen_disturbed, stops_of, summary, targets_of, write_run_card
 
@@ -27,14 +26,6 @@ def elsewhere(tmp_path, monkeypatch):
     "No card and no run of this machine takes part."
     monkeypatch.setenv("MELEE_WM_CARDS", str(tmp_path / "cards"))
     monkeypatch.setenv("MELEE_WM_RUNS", str(tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("card-dataset")
-    write_practice(folder / "slp", games=2, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
-    return folder / "data"
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from melee_wm.build import build
 from melee_wm.checkpoint import MANIFEST_KEYS, read_manifest, read_tensors
 from melee_wm.config import load_config
 from melee_wm.core import UserError
 from melee_wm.execute import execute_run, notebook_parameters, run_notebook
 from melee_wm.experiment import run_status
-from melee_wm.practice import write_practice
 from melee_wm import report
 from melee_wm.checkpoint import SHIPPED
 from melee_wm.report import linted, physics_headline, show_physics, train_run
@@ -28,14 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["training.epochs=3", "training.minutes=null", "training.batch_size=256", "training.log_interval=4", "model.hidden=[32, 32]", "evaluation.max_starts=60"]
 FILES = ["manifest.json", "metrics.jsonl", "notebook.ipynb", "notebook.html", "rollout.slp", "rollout.json", "scorecard.json",
          *(f"checkpoints/{name}.{ending}" for name in ("latest", "best", "final") for ending in ("safetensors", "json")), "checkpoints/latest.trainer.safetensors"]
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs-dataset")
-    write_practice(folder / "slp", games=3, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")

@@ -18,20 +18,10 @@ from melee_wm.checkpoint import load_model, load_training_state, read_tensors, w
 from melee_wm.config import load_config
 from melee_wm.core import UserError
 from melee_wm.encoding import layout_of
-from melee_wm.practice import write_practice
 from melee_wm.track import Tracker, read_metrics, start_wandb
 from melee_wm.train import train
 
 SMALL = ["training.epochs=3", "training.batch_size=256", "training.log_interval=4", "model.hidden=[32, 32]", "model.dropout=0.1"]
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    "A parsed dataset of three short practice matches."
-    folder = tmp_path_factory.mktemp("dataset")
-    write_practice(folder / "slp", games=3, seed=0)
-    build([folder / "slp"], folder / "data", progress=False)
-    return folder / "data"
 
 
 @pytest.fixture(scope="session")
