@@ -19,19 +19,11 @@ from melee_wm.core import UserError, json_safe
 from melee_wm.encoding import columns_of
 from melee_wm.export import made_rollout, read_rollout, rollout_json
 from melee_wm.fields import BY_NAME, CONTROLS
+from melee_wm.graph import OnnxWorld, Step, beginning, columns_in, example
 from melee_wm.mamba2 import build_model
 from melee_wm.match import Random
 from melee_wm.slp import read_slp
-from melee_wm.static import (
-    TOLERANCE,
-    OnnxWorld,
-    Step,
-    beginning,
-    columns_in,
-    differences,
-    example,
-    export_page,
-)
+from melee_wm.static import TOLERANCE, differences, export_page
 from melee_wm.world import World, replayed_controls, seed_windows
 
 pytestmark = pytest.mark.timeout(900)
@@ -227,7 +219,15 @@ def test_a_recurrent_world_as_a_graph_plays_the_same_match(practice_slp):
     world, game = World(build_model(config), memory="state"), read_slp(practice_slp)
     columns, starts = columns_of(game, world.layout), np.array([200, 900])
     world.reset(seed_windows(columns, starts, world.context_len), torch.full((2,), game.stage))
-    controls, graph = replayed_controls(columns, starts, 60), OnnxWorld(world)
-    for t in range(60):
+    controls, graph, rough = replayed_controls(columns, starts, 60), OnnxWorld(world), OnnxWorld(world, bits=8)
+    with pytest.raises(UserError, match="8 or 32"): OnnxWorld(world, bits=4)
+    ours, theirs = world.step(controls[:, 0]), rough.step(controls[:, 0])
+    memory = [t for layer in world.state.memory for t in (layer.conv, layer.ssm.mT)]
+    for i, exact in enumerate(memory):
+        off = float((torch.from_numpy(rough.inputs[f"memory{i}"]) - exact).abs().max()/exact.abs().max())
+        assert off < .03 and (off > 0 or i == 0), f"memory {i} is off by {off:.1%}"
+    for name in ("stocks", "action_state"): assert torch.equal(theirs[name], ours[name])
+    graph.step(controls[:, 0])
+    for t in range(1, 60):
         ours, theirs = world.step(controls[:, t]), graph.step(controls[:, t])
         for name, value in ours.items(): torch.testing.assert_close(theirs[name].float(), value.float(), atol=1e-3, rtol=1e-4, msg=f"{name} at frame {t}")
