@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminal import torchrun
 
 from melee_wm.batches import from_games, gather, window_starts
 from melee_wm.checkpoint import content_hash
@@ -18,7 +19,6 @@ from melee_wm.encoding import layout_of
 from melee_wm.losses import loss
 from melee_wm.mamba2 import build_model
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = (16, 16, 7, 1)   # of the batches, over and over: the second rank of two gets 3 of 7 and 0 of 1
 
 
@@ -67,16 +67,10 @@ def partly_used(team: Team) -> list:
     return [None if layer.weight.grad is None else layer.weight.grad.tolist() for layer in net]
 
 
-def torchrun(ranks: int, *arguments: str, timeout: int = 120) -> subprocess.CompletedProcess:
-    "Processes of this machine, started as anybody would start them."
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("ranks") / "out.json"
-    done = torchrun(2, str(Path(__file__)), str(out))
+    done = torchrun(2, __file__, out)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
 

@@ -2,11 +2,15 @@
 import json
 
 import pytest
+from terminal import torchrun
 
 from melee_wm.build import build
-from melee_wm.cards import read_card
+from melee_wm.cards import new_card, read_card, write_card
 from melee_wm.cli import main
+from melee_wm.config import load_config
 from melee_wm.practice import write_practice
+from melee_wm.review import sign
+from melee_wm.timing import data_facts, estimate, hardware, step_time
 
 TINY = ["training.epochs=1", "training.minutes=null", "training.batch_size=256", "training.log_interval=2", "model.hidden=[16, 16]", "evaluation.max_starts=20"]
 
@@ -63,3 +67,16 @@ def test_an_override_is_recorded(program, data, tmp_path):
     assert (manifest["status"], manifest["card_id"], manifest["override"]) == ("finished", None, "the demo is tonight")
     code, out, _ = program("runs", "list")
     assert code == 0 and "override" in out and "hurry" in out
+
+
+def test_a_card_kills_all_processes_of_a_team(program, data, tmp_path):
+    "The floor stands on the card alone; both processes must know it, or one would wait for the other for ever."
+    changed = [*TINY, "training.epochs=2"]
+    config, hw = load_config("toy", changed), hardware("local")
+    facts = data_facts(data, config)
+    write_card(new_card("team", config, "toy", hw, facts, estimate(config, facts, hw, step_time(config, hw)), changed, kill={"floors": {"val_metric/action_change_acc": .999}}), "# team\n\n## Goal\n\nTo be ended.\n")
+    for name in ("mattie", "scav", "scaviefae"): sign("team", name)
+    done = torchrun(2, "-m", "melee_wm", "train", "toy", "--data", data, "--run-name", "team", "--device", "cpu", *options("training.epochs=2"), timeout=240)
+    manifest = json.loads((tmp_path / "runs/team/manifest.json").read_text())
+    assert done.returncode and manifest["status"] == "killed" and "its floor 0.999" in manifest["reason"] and len(manifest["all_epochs"]) == 1, done.stderr
+    assert manifest["card_id"] == "team" and read_card("team")[0].status == "killed"

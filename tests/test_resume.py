@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from terminal import torchrun
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from melee_wm.batches import from_games
@@ -180,9 +181,9 @@ def differences(a: dict, b: dict) -> list[str]:
 
 
 def program(*arguments: str) -> str:
-    "This file as a program; what it printed."
+    "This file as a program, in one process; what it printed."
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=800, env=environment)
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=800, env=environment)
     assert done.returncode == 0, f"{arguments}: {done.stderr}"
     return done.stdout
 
@@ -204,7 +205,7 @@ def assert_same_run(straight: Path, resumed: Path, story):
 def killed(request, tmp_path_factory) -> tuple[Path, dict]:
     "All runs, straight and killed, made by one process and its children; what was done to each mode."
     folder, plan, seed = tmp_path_factory.mktemp("killed"), shared_out(request.config.getoption("--kills")), time.time_ns() % 10**6
-    print(said := program(__file__, "kill", str(folder), str(seed), json.dumps(plan)))
+    print(said := program("kill", str(folder), str(seed), json.dumps(plan)))
     return folder, json.loads(said)
 
 
@@ -218,7 +219,7 @@ def test_killed_and_resumed_to_the_bit(mode, killed, request):
 
 @pytest.mark.timeout(900)
 def test_killed_at_every_file_operation_of_the_last_save(tmp_path):
-    kills = int(program(__file__, "last", str(tmp_path)))
+    kills = int(program("last", str(tmp_path)))
     assert kills >= 12
     for i in range(kills): assert_same_run(tmp_path / "straight", tmp_path / f"killed{i}", f"file operation {i + 1} of {kills}")
 
@@ -274,7 +275,8 @@ TEAM_MODES = ["windows, mlp", "sequences, mamba2"]
 def team(tmp_path_factory) -> Path:
     "An epoch of each mode, trained by two processes."
     folder = tmp_path_factory.mktemp("team")
-    program("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "team", str(folder), *TEAM_MODES)
+    done = torchrun(2, __file__, "team", folder, *TEAM_MODES, timeout=300)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
