@@ -110,11 +110,11 @@ def _quietly():
 def needed():
     "The packages that export. Raises `UserError` where they are missing."
     try: import onnx, onnxruntime, onnxscript
-    except ImportError as error: raise UserError("what exports a page is not installed", error.name, expected="onnx, onnxscript and onnxruntime", do='install them: pip install "melee_wm[export]"') from error
+    except ImportError as error: raise UserError("what makes graphs is not installed", error.name, expected="onnx, onnxscript and onnxruntime", do='install them: pip install "melee_wm[export]"') from error
     return onnx, onnxruntime, onnxscript
 
 def _translations(onnxscript) -> dict:
-    "Operations that ONNX, or the browser's runtime, does not have."
+    "Operations that ONNX, or the browser's runtime, does not have, or that the exporter writes at length."
     op, T = onnxscript.opset18, onnxscript.ir.DataType
     def hypot(x, y): return op.Sqrt(op.Add(op.Mul(x, x), op.Mul(y, y)))
     def where(condition, one, other):
@@ -195,8 +195,9 @@ def eight_bits(model):   # onnx.ModelProto, changed in place and returned
     def keep(name, values): graph.initializer.append(numpy_helper.from_array(values, name)); return name
     for i, node in enumerate(graph.node):
         if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in weights or len(used[node.input[1]]) > 1: continue
-        name, transposed = node.input[1], any(a.name == "transB" and a.i for a in node.attribute)
-        values = numpy_helper.to_array(weights[name]) if transposed else numpy_helper.to_array(weights[name]).T      # (N, K)
+        name, options = node.input[1], {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if (options.get("alpha", 1.), options.get("beta", 1.), options.get("transA", 0)) != (1., 1., 0): continue
+        values = numpy_helper.to_array(weights[name]) if options.get("transB") else numpy_helper.to_array(weights[name]).T      # (N, K)
         blocks = np.pad(values, ((0, 0), (0, -values.shape[1] % BLOCK))).reshape(len(values), -1, BLOCK)
         scale = np.maximum(np.abs(blocks).max(-1), 1e-12)/127
         inputs = [node.input[0], keep(f"{name}.eight", (np.rint(blocks/scale[..., None]) + 128).astype(np.uint8)), keep(f"{name}.scale", scale.astype(np.float32).ravel())]
