@@ -14,7 +14,7 @@ import pytest
 from melee_wm.core import UserError
 from melee_wm.launch import Ended, state_of, where_to_look
 from melee_wm.ssh import ask, check_machine, machine_at, pull, send, start_there, state_there, stop_there, tail_there
-from test_launch import one_line, pretend, small_data, toy, wait_for  # noqa: F401 (fixtures)
+from test_launch import one_line, pretend, toy, wait_for  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").is_file() else None)
@@ -65,11 +65,11 @@ def desk(sshd, tmp_path, monkeypatch):
         wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2], 10)
 
 
-def test_a_training_over_there(desk, small_data, pretend, tmp_path, capfd):
+def test_a_training_over_there(desk, dataset, pretend, tmp_path, capfd):
     "Start, tail, a second start refused by the lock, chain, stop, pull: with a real training, from an experiment file of ours."
     mine = tmp_path / "mine.yaml"
     mine.write_text((ROOT / "melee_wm" / "experiments" / "toy.yaml").read_text())
-    words = ["train", str(mine), *toy(small_data, "long", "training.epochs=5000", "training.log_interval=1")[2:]]
+    words = ["train", str(mine), *toy(dataset, "long", "training.epochs=5000", "training.log_interval=1")[2:]]
     state = start_there(desk, words, "long")
     assert state.state == "running" and state.step >= 1
     said = capfd.readouterr().err
