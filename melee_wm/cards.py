@@ -154,7 +154,9 @@ def cards_folder() -> Path:
     "Where the cards are: the `cards` setting."
     return project_root()/setting("cards")
 
-def card_files() -> list[Path]: return sorted(p for p in cards_folder().glob("*.md") if p.stem != "README")
+def card_files() -> list[Path]:
+    "The files of all cards, by name."
+    return sorted(p for p in cards_folder().glob("*.md") if p.stem != "README")
 
 def _checked(values, where) -> Card:
     try: return Card.model_validate(values)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHIPPED', 'MANIFEST_KEYS', 'content_hash', 'write_tensors', 'read_tensors', 'describe_checkpoint', 'save_checkpoint',
            'find_checkpoint', 'read_description', 'load_model', 'ship', 'TrainingState', 'training_state', 'restore',
-           'sweep', 'save_training_state', 'has_training_state', 'load_training_state', 'try_save', 'now',
+           'remove_litter', 'save_training_state', 'has_training_state', 'load_training_state', 'try_save', 'now',
            'read_manifest', 'update_manifest', 'code_version', 'machine', 'versions']
 
 # %% ../nbs/50_checkpoint.ipynb #0002
@@ -169,7 +169,7 @@ def restore(state: TrainingState, model: nn.Module, optimizer: torch.optim.AdamW
 # %% ../nbs/50_checkpoint.ipynb #0021
 _STATES = ("latest.trainer.safetensors", "previous.trainer.safetensors")
 
-def sweep(folder):
+def remove_litter(folder):
     "Remove what writers that were killed left in a folder."
     for litter in Path(folder).glob(".*.tmp"): litter.unlink(missing_ok=True)
 
@@ -182,13 +182,13 @@ def save_training_state(folder, state: TrainingState):
     latest, previous = (Path(folder)/name for name in _STATES)
     kept = latest.with_name(".kept.tmp")
     data = _as_bytes(*state)
-    sweep(folder)
+    remove_litter(folder)
     try:
         with atomic_write(latest) as temporary:
             temporary.write_bytes(data)
             if latest.is_file(): _second_name(latest, kept)
         if kept.is_file(): os.replace(kept, previous)
-    finally: sweep(folder)
+    finally: remove_litter(folder)
 
 def has_training_state(folder) -> bool:
     "Whether there is a training state to resume from."

@@ -23,7 +23,7 @@ from .symmetry import mirror_controls
 from .packed import Games
 from .batches import batch_count, epoch_starts, from_games, window_count
 from .shards import dataset_games, dataset_records
-from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, restore, save_checkpoint, save_training_state, sweep, training_state, try_save
+from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, remove_litter, restore, save_checkpoint, save_training_state, training_state, try_save
 from .track import Tracker
 from .step import step_seed
 from .train import Outcome, Position, is_better, progress_of, rate_factor, reason_to_stop, resumed_position, stop_signals
@@ -177,7 +177,7 @@ def imitate(
     "Train a policy. Raises `UserError` where a run cannot be resumed with this experiment and data."
     folder, t, log = Path(folder), config.training, tracker.log if tracker else lambda *_, **__: None
     state = load_training_state(folder) if resume else None
-    if resume: sweep(folder)
+    if resume: remove_litter(folder)
     p, ended = resumed_position(state.values, config, train_games.fingerprint, folder) if state else Position(), None
     torch.manual_seed(t.seed)
     model = build_policy(config).to(device)

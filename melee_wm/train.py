@@ -21,7 +21,7 @@ from .packed import Games
 from .mamba2 import build_model, keep_memory
 from .metrics import batch_metrics
 from .devices import Team, add_up_over, agree, average_gradients, broadcast_weights, join_rows, join_team, memory_advice, of_main, out_of_memory, share_of
-from .checkpoint import describe_checkpoint, has_training_state, load_training_state, restore, save_checkpoint, save_training_state, sweep, training_state, try_save
+from .checkpoint import describe_checkpoint, has_training_state, load_training_state, remove_litter, restore, save_checkpoint, save_training_state, training_state, try_save
 from .track import Tracker, read_metrics
 from .step import Moment, State, empty_memory, feed, learn, step_count, step_seed
 from .validate import add_up, means, measure, measure_rollout
@@ -234,7 +234,7 @@ def _begin(config: Config, train_games: Games, folder: Path, resume: bool, team:
     "A fresh run, or one that goes on."
     t, fingerprint = config.training, train_games.fingerprint
     state = load_training_state(folder) if resume else None
-    if resume and team.is_main: sweep(folder)
+    if resume and team.is_main: remove_litter(folder)
     p = resumed_position(state.values, config, fingerprint, folder) if state else Position()
     keep_memory(); torch.manual_seed(t.seed)
     model = build_model(config).to(team.device)

@@ -7,7 +7,6 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
