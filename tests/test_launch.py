@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,6 +25,7 @@ SMALL = ["training.epochs=3", "training.batch_size=256", "training.log_interval=
 # A training that is pretended: DIR STEPS LAST_WORDS [SECONDS BEFORE IT]; it waits at each step, and writes what a training writes.
 PRETEND = '''
 import json, sys, time
+from pathlib import Path
 run_dir, steps, last_words, before = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float([*sys.argv, 0][4])
 time.sleep(before)
 for step in range(1, steps + 1):
