@@ -56,7 +56,9 @@ def write_json(path, value, indent: int | None = 2):
     with atomic_write(path) as temporary: temporary.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 # %% ../nbs/00_core.ipynb #0017
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # GNU and LLVM OpenMP: waiting threads sleep instead of spinning
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"            # GNU and LLVM OpenMP: waiting threads sleep instead of spinning
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")      # GNU OpenMP: but not at once
 
 # %% ../nbs/00_core.ipynb #0019
 def project_root() -> Path:

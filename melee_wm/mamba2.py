@@ -129,13 +129,15 @@ class Mamba2Block(nn.Module):
     def step(self, u: Tensor, state: BlockState, reuse: bool = False) -> tuple[Tensor, BlockState]:
         "One frame (B, D) and the state before it to (B, D) and the state after it: nothing but what one frame needs. `reuse` overwrites the state."
         z, xBC, dt = self.in_proj(u).split([self.d_inner, len(self.conv1d.weight), len(self.D)], -1)
-        window = torch.cat([state.conv, xBC[:, None].to(state.conv.dtype)], 1)              # (B, d_conv, channels)
-        xBC = F.silu((window*self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias)
+        xBC, taps = xBC.to(state.conv.dtype), self.conv1d.weight[:, 0].T.contiguous()       # (B, channels), (d_conv, channels)
+        window, xBC = torch.cat([state.conv[:, 1:], xBC[:, None]], 1), torch.addcmul(self.conv1d.bias, xBC, taps[-1])
+        for past, tap in zip(state.conv.unbind(1), taps): xBC = xBC.addcmul_(past, tap)
+        xBC = F.silu(xBC)
         x, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], -1)
         x, (dt, A) = x.unflatten(-1, (-1, self.headdim)), self.time_steps(dt)               # (B, H, P), (B, H), (H,)
         y, ssm = ssd_step(x, dt, A, B, C, state.ssm, reuse)
         y = torch.addcmul(y, x, self.D[:, None]).flatten(1)*F.silu(z)                       # (B, d_inner)
-        return self.out_proj(self.norm(y)), BlockState(window[:, 1:], ssm)
+        return self.out_proj(self.norm(y)), BlockState(window, ssm)
 
 # %% ../nbs/34_mamba2.ipynb #0023
 class Layer(nn.Module):

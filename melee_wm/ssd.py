@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/33_ssd.ipynb #0007
-CACHED = 2**20   # numbers of a state that a CPU's cache holds
+CACHED = 2**21   # numbers of a state that a CPU's cache holds
 
 def ssd_step(
     x: Tensor,       # (B, H, P) what is written this frame
@@ -25,13 +25,15 @@ def ssd_step(
 ) -> tuple[Tensor, Tensor]:   # y (B, H, P), state (B, H, P, N) leaving this frame
     "One frame of the state-space model: fade, write, read."
     batch, H, P, N = state.shape
+    def advance(state, fade, write, B, C):
+        state = torch.mul(state, fade, out=state if reuse else None).addcmul_(write, B)
+        return torch.bmm(C, state.flatten(1, 2).mT), state                # (B, 1, H * P), (B, H, P, N)
+    given = [state, *(t.to(state.dtype) for t in ((dt*A).exp()[..., None, None], (dt[..., None]*x)[..., None], B[:, None, None], C[:, None]))]
     if state.is_cpu and not torch.compiler.is_exporting() and batch > (some := max(1, CACHED//(H*P*N))):
-        parts = [ssd_step(x[i:i + some], dt[i:i + some], A, B[i:i + some], C[i:i + some], state[i:i + some], reuse) for i in range(0, batch, some)]
-        return torch.cat([y for y, _ in parts]), state if reuse else torch.cat([after for _, after in parts])
-    faded = torch.mul(state, (dt*A).exp()[..., None, None], out=state if reuse else None)
-    state = faded.view(batch, H*P, N).baddbmm_((dt[..., None]*x).view(batch, H*P, 1).to(state.dtype), B[:, None].to(state.dtype))
-    y = torch.bmm(C[:, None].to(state.dtype), state.mT)                   # (B, 1, H * P)
-    return y.view(batch, H, P), state.view(batch, H, P, N)
+        y, states = zip(*map(advance, *(t.split(some) for t in given)))
+        return torch.cat(y).view(batch, H, P), state if reuse else torch.cat(states)
+    y, state = advance(*given)
+    return y.view(batch, H, P), state
 
 # %% ../nbs/33_ssd.ipynb #0011
 def ssd_sequential(
