@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .frame import Game
 from .dataset import load_games, read_meta
 from .encoding import EncodingRefused, Frames, Layout, controls_of, next_controls, source_columns, take
-from .packed import Games, Piece, games_in, join, pack_game
+from .packed import Games, games_in, join, pack_game
 
 # %% ../nbs/24_batches.ipynb #0007
 GAMES_PER_PIECE = 256   # joined in one piece of memory, or in one file

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from .dataset import load_games
 from .config import Config, Mamba2Config, load_config
-from .encoding import Frames, columns_of, layout_of, source_columns
+from .encoding import Frames, columns_of, source_columns
 from .packed import Games
 from .batches import gather, window_count, window_starts
 from .ssd import ssd_chunked, ssd_sequential, ssd_step

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from typer import Argument, Option
-from .core import UserError, json_safe, project_root, setting, write_json
+from .core import UserError, json_safe, project_root, setting
 from .config import Config, config_hash, experiment_names, load_config
 from .launching import BatchSize, Dataset, Device, Epochs, JsonFlag, MaxGames, Minutes, Override, Resume, RunName, Set, Tracking, allowed, check_tracking, launching_app, overrides, print_json
 from .commands import listed_games, play_app

@@ -16,7 +16,7 @@ import numpy as np
 from .melee import CHARACTERS, STAGE_NAMES, STAGES, internal_of
 from .frame import COLUMNS, FIRST_FRAME, Game
 from .slp import ReplayError, read_slp
-from .parsed import content_hash, fingerprint, moving_floors, read_game, write_game
+from .parsed import content_hash, moving_floors, read_game, write_game
 
 # %% ../nbs/13_dataset.ipynb #0007
 def _winner(game: Game) -> int | None:

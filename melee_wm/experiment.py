@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from .frame import FIRST_FRAME, Game
 from .parsed import fingerprint
-from .config import Config, config_hash, load_config, make_config, to_dict
+from .config import Config, config_hash, to_dict
 from .encoding import layout_of
 from .packed import Games
 from .batches import load, split
@@ -29,7 +29,7 @@ from .baselines import calm_starts
 from .export import rollout, write_rollout
 from .evaluate import evaluate
 from .checkpoint import code_version, has_training_state, load_model, load_training_state, machine, now, read_manifest, update_manifest, versions
-from .track import Tracker, read_metrics
+from .track import Tracker
 from .train import Outcome, train
 
 # %% ../nbs/56_experiment.ipynb #0007

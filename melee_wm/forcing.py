@@ -8,7 +8,6 @@ __all__ = ['SMOOTHED', 'MOVED', 'WALK', 'FAR', 'rate_now', 'corrupt', 'add_conte
 
 # %% ../nbs/49_forcing.ipynb #0002
 from .core import UserError
-import math
 from functools import cache
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .fields import BY_NAME, DEFAULT_GROUPS, HEAD_GROUPS, HEADS
+from .fields import BY_NAME, HEAD_GROUPS, HEADS
 from .encoding import Frames, Layout
 
 # %% ../nbs/30_heads.ipynb #0005

@@ -10,18 +10,17 @@ __all__ = ['REGRESSION_WEIGHT', 'Sums', 'VALIDATION_STRIDE', 'examples', 'policy
 # %% ../nbs/63_imitate.ipynb #0002
 import sys, time
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from .core import UserError, json_safe, write_json
-from .fields import BUTTONS, CONTROLS
 from .config import Config, config_hash, to_dict
-from .encoding import Frames, controls_of, layout_of, take
+from .encoding import Frames, controls_of, take
 from .symmetry import mirror_controls
 from .packed import Games
-from .batches import batch_count, epoch_starts, from_games, window_count
+from .batches import batch_count, epoch_starts, from_games
 from .shards import dataset_games, dataset_records
 from .checkpoint import SHIPPED, describe_checkpoint, find_checkpoint, load_training_state, read_manifest, remove_litter, restore, save_checkpoint, save_training_state, training_state, try_save
 from .track import Tracker

@@ -9,7 +9,6 @@ __all__ = ['Columns', 'ATTRIBUTES', 'DEAD_ZONE', 'RUN_TAPER', 'Law', 'ACROSS', '
            'air_jump', 'led', 'fall', 'rest', 'hop', 'lifted', 'fade', 'turned', 'shifted']
 
 # %% ../nbs/35_kinematics.ipynb #0002
-import melee_wm.core
 from collections.abc import Callable
 from typing import NamedTuple
 import numpy as np, torch

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Iterator, Optional
 import typer
 from typer import Argument, Option
-from .core import UserError, json_safe, runs_folder, setting
+from .core import UserError, json_safe, runs_folder
 from .config import Config, load_config
 
 # %% ../nbs/93_launching.ipynb #0005

@@ -23,7 +23,7 @@ from .fields import BUTTONS, CONTROLS
 from .config import config_hash
 from .encoding import check_encodable, columns_of
 from .rules import Clock, start_clock
-from .world import World, WorldState, joined, replayed_controls, seed_clock, seed_windows, spawn_frames
+from .world import World, WorldState, replayed_controls, seed_clock, seed_windows, spawn_frames
 from .export import Rollout, made_rollout
 from .dataset import named_filter
 from .policy import load_fighter

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from .frame import COLUMNS, FIRST_FRAME, Game
 from .parsed import fingerprint
-from .fields import BUTTONS, BY_NAME, Field
-from .encoding import EncodingRefused, Frames, Layout, check_encodable, columns_of, encode, encode_game
+from .fields import BUTTONS, Field
+from .encoding import EncodingRefused, Frames, Layout, check_encodable, columns_of, encode
 
 # %% ../nbs/23_packed.ipynb #0007
 STORAGES = {"float32": ("float32", 1), "uint16": ("int16", 1), "grid80": ("int8", 80), "grid140": ("uint8", 140), "uint8": ("uint8", 1)}   # -> (type, steps per unit); beside them bits1 to bits4

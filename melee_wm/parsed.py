@@ -18,7 +18,6 @@ from .core import UserError
 from .frame import COLUMNS, STAGE_EVENTS, Game, Table
 from .melee import BUTTON_BITS, LIBMELEE_STAGE, STAGES, external_of, randall_position
 from .repair import processed, repeated, stage_of_spawns, without_absent
-from .slp import read_slp
 
 # %% ../nbs/10_parsed.ipynb #0005
 _BODY = {"percent": "uint16", "facing": "bool", "x": "float32", "y": "float32", "action": "uint16", "invulnerable": "bool", "character": "uint8",

@@ -17,7 +17,7 @@ from .shards import dataset_records
 from .timing import policy_estimate, recommended_epochs
 from .records import Record, all_records, read_record
 from .cards import Card, Target, all_cards, table
-from .run_card import SECTIONS, Plan, baseline, card_of, command, facts_table, flags, plan_run, prior_section, targets_of, targets_table, write_with_appendix
+from .run_card import SECTIONS, Plan, baseline, card_of, command, flags, plan_run, prior_section, targets_of, targets_table, write_with_appendix
 
 # %% ../nbs/83_policy_card.ipynb #0005
 class World(NamedTuple):

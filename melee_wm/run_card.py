@@ -27,7 +27,7 @@ from .execute import execute_run, run_notebook
 from .imitate import policy_parameters
 from .timing import Calibration, DataFacts, Estimate, Hardware, StepTime, data_facts, dollars, duration, estimate, fit_calibration, hardware, pessimistic_text, step_time
 from .records import Record, all_records, changes, comparable, config_diff, new_features
-from .cards import Card, Target, all_cards, cards_folder, new_card, read_card, table, write_card
+from .cards import Card, Target, all_cards, cards_folder, new_card, table, write_card
 
 # %% ../nbs/82_run_card.ipynb #0005
 class Plan(NamedTuple):

@@ -30,7 +30,7 @@ from .dataset import load_games, read_meta
 from .fields import BUTTONS
 from .config import Config, EncodingConfig, config_hash, to_dict
 from .encoding import EncodingRefused, Layout, items_of, layout_of, source_columns, state_flags
-from .packed import Games, Packing, Piece, games_in, join, pack_game, packing_of
+from .packed import Games, Packing, Piece, join, pack_game, packing_of
 from .batches import GAMES_PER_PIECE
 
 # %% ../nbs/25_shards.ipynb #0007

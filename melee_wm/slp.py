@@ -14,7 +14,7 @@ import numpy as np, pyarrow as pa
 from peppi_py import _peppi   # the typed layer above it drops items and stage events
 from .core import UserError, atomic_write
 from .frame import COLUMNS, FIRST_FRAME, ITEM_COLUMNS, POST, PRE, STAGE_EVENTS, Game, Table, check
-from .melee import CHARACTERS, STAGE_NAMES, STAGES, draw_stage, internal_of
+from .melee import CHARACTERS, STAGES, draw_stage, internal_of
 
 # %% ../nbs/03_slp.ipynb #0005
 class ReplayError(UserError):

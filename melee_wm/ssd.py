@@ -6,7 +6,6 @@
 __all__ = ['CACHED', 'ssd_step', 'ssd_sequential', 'segment_sums', 'entering_states', 'ssd_chunked']
 
 # %% ../nbs/33_ssd.ipynb #0002
-import melee_wm.core
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,7 +7,6 @@ __all__ = ['lead_in', 'step_count', 'feed', 'entering', 'carried', 'empty_memory
            'Moment', 'training_answer', 'parts_of', 'learn']
 
 # %% ../nbs/53_step.ipynb #0002
-from .core import UserError
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch

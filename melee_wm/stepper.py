@@ -22,7 +22,7 @@ from .config import config_hash
 from .export import Rollout, made_rollout
 from .rules import Clock
 from .world import World, WorldState, joined, parted
-from .match import EIGHT_MINUTES, Controller, Neutral, Random, Start, from_replay, from_spawn
+from .match import EIGHT_MINUTES, Controller, Neutral, Random, Start
 
 # %% ../nbs/70_stepper.ipynb #0006
 PAD_BYTES, _STICK, _TRIGGER, _BUTTONS = 13, 80, 140, CONTROLS.index("button_a")

@@ -7,7 +7,6 @@ __all__ = ['ITEMS_PER_FRAME', 'memory_needed', 'memory_available', 'check_memory
 
 # %% ../nbs/26_streaming.ipynb #0002
 from .core import UserError
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path

@@ -22,7 +22,7 @@ from .mamba2 import build_model, keep_memory
 from .metrics import batch_metrics
 from .devices import Team, add_up_over, agree, average_gradients, broadcast_weights, join_rows, join_team, memory_advice, of_main, out_of_memory, share_of
 from .checkpoint import describe_checkpoint, has_training_state, load_training_state, remove_litter, restore, save_checkpoint, save_training_state, training_state, try_save
-from .track import Tracker, read_metrics
+from .track import Tracker
 from .step import Moment, State, empty_memory, feed, learn, step_count, step_seed
 from .validate import add_up, means, measure, measure_rollout
 
@@ -66,7 +66,7 @@ def reason_to_stop(
     if kill.epoch_hours and epoch_seconds > 3600*kill.epoch_hours: return f"an epoch takes longer than {kill.epoch_hours:g} hours"
     for name, floor in (kill.floors if epoch_metrics else {}).items():
         value = _named(epoch_metrics, name)
-        if is_better(name, floor, value): return f"{name} is {value:.4f} after an epoch, its floor {floor:g}"
+        if value is not None and is_better(name, floor, value): return f"{name} is {value:.4f} after an epoch, its floor {floor:g}"
     return None
 
 def _named(metrics: dict, name: str) -> float:
@@ -272,7 +272,8 @@ def train(
 
 # %% ../nbs/55_train.ipynb #0028
 def _run(learner: Learner, keeper: _Keeper, p: Position, memory: State | None, val_games: Games | None, stopped: Callable[[], bool], on_epoch: Callable, progress: bool) -> Outcome:
-    config, team, t, ended = learner.config, learner.team, learner.config.training, None
+    config, team, t = learner.config, learner.team, learner.config.training
+    ended = reason_to_stop(t, [], 1, 0, p.epochs[-1] if p.epochs else None)    # of a run that was killed before it was asked
     with tqdm(total=step_count(learner.games, config, p.epoch)*t.epochs, initial=p.step, desc=config.name, unit="step", mininterval=1, disable=not progress) as bar:
         def report(p):
             share = progress_of(p.epoch + p.batch/step_count_now, t.epochs, p.seconds, t.minutes)

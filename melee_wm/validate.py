@@ -6,16 +6,15 @@
 __all__ = ['LANES', 'READ_FIRST', 'add_up', 'means', 'unseen', 'measure', 'measure_rollout']
 
 # %% ../nbs/54_validate.ipynb #0002
-import melee_wm.core
 from typing import Callable, Iterator
 import torch
-from torch import Tensor, nn
+from torch import nn
 from .packed import Games
 from .batches import epoch_starts, gather, window_count, window_starts
 from .encoding import controls_of, decode
 from .metrics import batch_metrics, summarise
 from .sequences import sequences
-from .step import Answer, answer, empty_memory, entering, carried
+from .step import Answer, answer, entering, carried
 from .world import World
 
 # %% ../nbs/54_validate.ipynb #0007

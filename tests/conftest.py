@@ -4,6 +4,9 @@ import shutil
 import signal
 from pathlib import Path
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # several workers share the cores; read when torch is imported
+
 from melee_wm.core import replays_dir
 
 # Started in the background (nohup ... &) a process is born deaf to Ctrl-C, and so would be the programs whose Ctrl-C is tested.

@@ -1,11 +1,12 @@
 """The rules of the house: notebooks are the source, imports point down, chapters are short, settings are used, the README is true."""
+import ast
+import configparser
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import configparser
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_chapter_reads_like_one(chapter):
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert any({"image/png", "image/svg+xml"} & set(o.get("data", {})) for o in outputs), "no picture"
     assert not any(o["output_type"] == "error" for o in outputs)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda p: p.stem)
+def test_every_exported_import_is_used(chapter):
+    "What only a demonstration needs is imported there."
+    module = ast.parse((ROOT / "melee_wm" / f"{chapter.stem[3:]}.py").read_text())
+    imported = {(a.asname or a.name).split(".")[0] for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom)) for a in node.names}
+    used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name)}
+    assert not imported - used
 
 
 def test_every_module_has_its_notebook():

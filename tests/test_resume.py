@@ -236,6 +236,18 @@ def whole(tmp_path_factory):
 def final(folder): return read_tensors(folder / "checkpoints" / "final.safetensors")[0]
 
 
+def test_a_floor_is_asked_again_of_a_resumed_run(whole, tmp_path):
+    "A run may be killed between the state of its last epoch and the question whether it may go on."
+    folder, config, some = whole
+    def resumed(floor):
+        shutil.copytree(folder, tmp_path / str(floor))
+        kill = config.training.kill.model_copy(update={"floors": {"val_metric/action_acc": floor}})
+        return learn(tmp_path / str(floor), config.model_copy(update={"training": config.training.model_copy(update={"kill": kill})}), some)
+    assert resumed(.01).status == "finished"
+    outcome = resumed(.999)
+    assert outcome.status == "killed" and "its floor 0.999" in outcome.reason
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 3], lambda data: data[:-4096] + bytes(4096), lambda data: b""], ids=["half-written", "zeros at the end", "empty"])
 def test_a_torn_state_costs_minutes_not_the_run(whole, tmp_path, damage):
     folder, config, some = whole

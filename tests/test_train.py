@@ -163,7 +163,7 @@ def test_one_game_has_no_validation(games, tmp_path):
 
 def test_a_budget_of_minutes_ends_on_time_with_a_rate_of_zero(games, tmp_path):
     began = time.time()
-    outcome = run(tmp_path, games, ["training.epochs=1000", "training.minutes=0.05"])
+    outcome = run(tmp_path, games, ["training.epochs=1000", "training.minutes=0.05", "training.log_interval=1"])
     assert outcome.status == "finished" and time.time() - began < 20
     assert outcome.position.seconds < 8
     rates = [r["lr"] for r in read_metrics(tmp_path, "batch")]
